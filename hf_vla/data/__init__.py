@@ -1,0 +1,1 @@
+"""Robot datasets as samples, and samples as batches."""

@@ -1,0 +1,56 @@
+"""The contract between data, model and policy: key names, and what one sample and one batch hold.
+
+Letters: B batch, V views (view 0 is VGGT's reference frame), H W pixels, P patches of a view, g grid side after pooling,
+L text tokens, D LLaMA width, C VGGT width, T chunk length, A action dims, S state dims.
+"""
+
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+
+# LeRobot's names. A camera's full key is IMAGES + "." + its name.
+IMAGES = "observation.images"
+STATE = "observation.state"
+ACTION = "action"
+TASK = "task"
+
+
+class Sample(NamedTuple):
+    """One observation and the chunk of actions that followed it, in the dataset's own physical units."""
+
+    images: list[np.ndarray]
+    """V views in the recipe's order, each (H, W, 3) uint8 RGB."""
+    state: np.ndarray
+    """(S,) float32."""
+    actions: np.ndarray
+    """(T, A) float32; past the end of the episode its last action is repeated."""
+    action_is_pad: np.ndarray
+    """(T,) bool; True where `actions` only repeats the last one."""
+    task: str
+    """The instruction, in natural language."""
+    episode_index: int
+    frame_index: int
+    source: str
+    """Name of the dataset that the sample comes from."""
+
+
+class Batch(TypedDict, total=False):
+    """What the model's forward takes. Either `pixel_values` or `view_features`; either `input_ids` or `text_features`."""
+
+    pixel_values: torch.Tensor
+    """(B, V, 3, H, W) float32 in [0, 1]."""
+    view_features: torch.Tensor
+    """(B, V, g², 2C): pooled VGGT tokens, as the cache stores them."""
+    input_ids: torch.Tensor
+    """(B, L) int64."""
+    attention_mask: torch.Tensor
+    """(B, L) int64; 1 where `input_ids` or `text_features` is text, 0 where it is padding."""
+    text_features: torch.Tensor
+    """(B, L, D): LLaMA's last hidden states, as the cache stores them."""
+    state: torch.Tensor
+    """(B, S) float32, normalised."""
+    actions: torch.Tensor
+    """(B, T, A) float32, normalised."""
+    action_is_pad: torch.Tensor
+    """(B, T) bool."""
