@@ -1,13 +1,14 @@
 """The only reader of recipes: one JSON or YAML file that fully describes a run, as typed dataclasses.
 
-Every key has a default, so that a six-line template is a recipe; an unknown key, a wrong type, or two answers to one question is an
-error that names the key and the nearest one that exists.
+Every key has a default, so that a six-line template is a recipe; an unknown key, a wrong type, or two answers to one
+question is an error that names the key and the nearest one that exists.
 """
 
 import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,8 +124,8 @@ class Data:
     dataset: str | None = None
     """Folder or Hub id of a LeRobot dataset."""
     revision: str | None = None
-    views: list[str | View] | None = None
-    """Cameras in order (view 0 is the reference frame); None takes the dataset's first two."""
+    views: list[View] | None = None
+    """In order (view 0 is the reference frame), each a camera's name or a View; None takes the dataset's first two."""
     batch_size: int = 8
     """Samples of one GPU in one forward; the only place for it."""
     image_size: int = 518
@@ -217,113 +218,135 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides, the value read as JSON or else as text.
 
     Raises:
-        RecipeError: for a file that is missing or isn't JSON or YAML, an unknown section or key, a wrong type, or a contradiction.
+        RecipeError: for a file that is missing or isn't JSON or YAML, an unknown section or key, a wrong type, or a
+            contradiction.
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file. {_nearest_text(path.name, _sibling_names(path))}".rstrip())
+        siblings = [p.name for p in path.parent.glob("*.json")]
+        raise RecipeError(f"{path}: no such recipe file. {_suggest(path.name, siblings)}")
     try:
         raw = _parse(path)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path}: neither JSON nor YAML can be read from it: {error}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is one object with sections {', '.join(_SECTIONS)}; this is a {type(raw).__name__}.")
-    for override in overrides or []:
-        _apply_override(raw, override)
-    return make_recipe(raw, where=str(path))
+        raise RecipeError(f"{path}: a recipe is one object with the sections {', '.join(_SECTIONS)}, not {raw!r}.")
+    try:
+        for override in overrides or []:
+            _apply_override(raw, override)
+        return make_recipe(raw)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
-def make_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Turn the sections of a recipe file into a checked Recipe.
+def make_recipe(raw: dict[str, Any]) -> Recipe:
+    """Turn the sections of a recipe into a checked Recipe.
 
     Raises:
-        RecipeError: as `load_recipe`.
+        RecipeError: for an unknown section or key, a wrong type, or a contradiction.
     """
-    for name, value in raw.items():
+    for name, values in raw.items():
         if name not in _SECTIONS:
-            raise RecipeError(f"{where}: unknown section {name!r}. {_nearest_text(name, _SECTIONS)}")
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where}: section {name!r} must be an object of keys, not {value!r}.")
-    sections = {name: _read_section(name, raw.get(name, {}), where) for name in _SECTIONS}
-    recipe = Recipe(**sections)
-    _check_consistency(recipe, where)
+            raise RecipeError(f"unknown section {name!r}. {_suggest(name, _SECTIONS)}")
+        if not isinstance(values, dict):
+            raise RecipeError(f"section {name!r} must be an object of keys, not {values!r}.")
+    recipe = Recipe(**{name: _read_section(name, raw.get(name, {})) for name in _SECTIONS})
+    _check_geometry(recipe)
+    _check_one_answer(recipe)
     return recipe
 
 
-def _read_section(name: str, values: dict[str, Any], where: str) -> Any:
+def _read_section(name: str, values: dict[str, Any]) -> Any:
     if name == "training":
-        return _read_training(values, where)
+        return _read_training(values)
+    if name == "data" and isinstance(values.get("views"), list):
+        values = {**values, "views": [{"camera": v} if isinstance(v, str) else v for v in values["views"]]}
     try:
-        return TypeAdapter(_SECTIONS[name]).validate_python(values)
+        # pydantic's JSON mode: types are strict, but an object may stand for a section within the section.
+        return TypeAdapter(_SECTIONS[name]).validate_json(json.dumps(values))
     except ValidationError as error:
-        raise RecipeError(_explain(error, name, _SECTIONS[name], where)) from None
+        raise RecipeError(_explain(error.errors()[0], name)) from None
 
 
-def _read_training(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _read_training(values: dict[str, Any]) -> dict[str, Any]:
     hints = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
     for key, value in values.items():
         if key == "per_device_train_batch_size":
-            raise RecipeError(f"{where}: training.{key} is set by data.batch_size, the one place for it; remove it here.")
+            raise RecipeError("training.per_device_train_batch_size: data.batch_size is the one place for it.")
         if key not in hints:
-            raise RecipeError(f"{where}: unknown key training.{key}. {_nearest_text(key, hints)}")
+            raise RecipeError(f"unknown key training.{key}. {_suggest(key, hints)}")
         if not _fits(value, hints[key]):
-            raise RecipeError(f"{where}: training.{key} must be {_readable(hints[key])}, not {value!r}.")
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise RecipeError(f"training.{key} is {value!r}; it must be of type {wanted}.")
     return {**TRAINING_DEFAULTS, **values}
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can stand for a TrainingArguments field; enums there are written as strings."""
     try:
-        TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_json(json.dumps(value))
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_json(json.dumps(value))
     except ValidationError:
         return False
     return True
 
 
-def _check_consistency(recipe: Recipe, where: str) -> None:
+def _check_geometry(recipe: Recipe) -> None:
+    """Refuse shapes that no model can have."""
+    size, prompt = recipe.data.image_size, recipe.model.prompt
+    if size % 14 or size < 14:
+        low = max(14, size // 14 * 14)
+        raise RecipeError(
+            f"data.image_size is {size}, not a multiple of 14 (VGGT's patch). Nearest: {low}, {low + 14}."
+        )
+    if prompt.count("{task}") != 1:
+        raise RecipeError(f"model.prompt must hold {{task}} exactly once; it is {prompt!r}.")
+
+
+def _check_one_answer(recipe: Recipe) -> None:
     """Refuse two answers to one question."""
-    model, data, training = recipe.model, recipe.data, recipe.training
-    if data.image_size % 14 or data.image_size < 14:
-        low = max(14, data.image_size // 14 * 14)
-        raise RecipeError(f"{where}: data.image_size must be a multiple of 14, VGGT's patch; {data.image_size} isn't. Nearest: {low} and {low + 14}.")
-    if model.prompt.count("{task}") != 1:
-        raise RecipeError(f"{where}: model.prompt must hold {{task}} exactly once; it is {model.prompt!r}.")
+    model, training = recipe.model, recipe.training
     for part in recipe.lora.apply_to:
         if not getattr(model, f"freeze_{part}"):
-            raise RecipeError(f"{where}: lora.apply_to has {part!r}, but model.freeze_{part} is false: train adapters or the weights themselves, not both.")
+            raise RecipeError(
+                f"lora.apply_to names {part!r}, but model.freeze_{part} is false: train adapters or the weights, not both."
+            )
     if model.quantization != "none" and not model.freeze_lang_encoder:
         raise RecipeError(
-            f"{where}: model.quantization is {model.quantization!r}, and quantised weights can't be trained: set model.freeze_lang_encoder to true "
-            "(with lora.apply_to for QLoRA), or model.quantization to none."
+            f"model.quantization is {model.quantization!r}, and quantised weights can't be trained: set "
+            "model.freeze_lang_encoder to true (with lora.apply_to for QLoRA), or model.quantization to none."
         )
     if training.get("bf16") and training.get("fp16"):
-        raise RecipeError(f"{where}: training.bf16 and training.fp16 are both true; keep one (bf16 is the default, so fp16 needs bf16 false).")
+        raise RecipeError(
+            "training.bf16 and training.fp16 are both true; bf16 is the default, so fp16 needs bf16 false."
+        )
     if model.fusion.align_weight and model.fusion.type != "prefix":
-        raise RecipeError(f"{where}: model.fusion.align_weight aligns LLaMA's states at view positions, which only fusion.type prefix has.")
+        raise RecipeError(
+            "model.fusion.align_weight needs fusion.type prefix, where LLaMA has states at view positions."
+        )
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    keys = name.split(".")
-    if not equals or len(keys) < 2:
+    *path, key = name.split(".")
+    if not equals or not path:
         raise RecipeError(f"--set {override}: expected section.key=value, as in --set data.batch_size=4.")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
     node = raw
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
+    for part in path:
+        node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise RecipeError(f"--set {override}: {key!r} holds {node!r}, which has no keys.")
-    node[keys[-1]] = value
+            raise RecipeError(f"--set {override}: {part!r} holds {node!r}, which has no keys.")
+    try:
+        node[key] = json.loads(text)
+    except json.JSONDecodeError:
+        node[key] = text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML reads 1e-4, as every learning rate is written, as text."""
+    """YAML 1.2's floats: PyYAML (YAML 1.1) reads 1e-4, as every learning rate is written, as text."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _parse(path: Path) -> Any:
@@ -331,37 +354,28 @@ def _parse(path: Path) -> Any:
     return json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader) or {}
 
 
-def _explain(error: ValidationError, section: str, cls: type, where: str) -> str:
-    """Say a pydantic error in our words: file, section, key, given value, what is allowed."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+def _explain(error: dict[str, Any], section: str) -> str:
+    """Say one of pydantic's errors in our words: the key, what it was given, what is allowed."""
+    location = [str(part) for part in error["loc"]]
     key = ".".join([section, *location])
-    if first["type"] == "unexpected_keyword_argument":
-        names = _fields_at(cls, location[:-1])
-        return f"{where}: unknown key {key}. {_nearest_text(location[-1], names)}"
-    if first["type"] == "missing":
-        return f"{where}: {key} is missing."
-    return f"{where}: {key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key}. {_suggest(location[-1], _keys_at(section, location[:-1]))}"
+    if error["type"] == "missing_argument":
+        return f"{key} is missing."
+    return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 
-def _fields_at(cls: type, path: list[str]) -> list[str]:
+def _keys_at(section: str, path: list[str]) -> list[str]:
+    cls = _SECTIONS[section]
     for name in path:
-        inner = {f.name: f.type for f in dataclasses.fields(cls)}.get(name)
-        cls = inner if dataclasses.is_dataclass(inner) else View
+        fields = {f.name: f.type for f in dataclasses.fields(cls)}
+        cls = View if name == "views" else fields.get(name, cls)
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _nearest_text(name: str, candidates) -> str:
+def _suggest(name: str, candidates: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(sorted(candidates))}."
-
-
-def _sibling_names(path: Path) -> list[str]:
-    return [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
-
-
-def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
 
 
 _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Recipe)}

@@ -1,7 +1,7 @@
 """The contract between data, model and policy: key names, and what one sample and one batch hold.
 
-Letters: B batch, V views (view 0 is VGGT's reference frame), H W pixels, P patches of a view, g grid side after pooling,
-L text tokens, D LLaMA width, C VGGT width, T chunk length, A action dims, S state dims.
+Letters: B batch, V views (view 0 is VGGT's reference frame), H W pixels, P patches of a view, g grid side after
+pooling, L text tokens, D LLaMA width, C VGGT width, T chunk length, A action dims, S state dims.
 """
 
 from typing import NamedTuple, TypedDict
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Batch(TypedDict, total=False):
-    """What the model's forward takes. Either `pixel_values` or `view_features`; either `input_ids` or `text_features`."""
+    """What the model's forward takes. Either pixels or view features; either ids or text features."""
 
     pixel_values: torch.Tensor
     """(B, V, 3, H, W) float32 in [0, 1]."""

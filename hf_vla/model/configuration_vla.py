@@ -64,14 +64,15 @@ class FusionConfig(PreTrainedConfig):
     """Configuration of the fusion: how view tokens, text and robot state meet.
 
     Args:
-        type: `cross_attention` (action queries attend to view tokens and text states; LLaMA reads text only), `gated` (the same,
-            with a gate on the view tokens that the text controls) or `prefix` (view tokens, text and state run through LLaMA,
-            followed by action queries).
+        type: `cross_attention` (action queries attend to view tokens and text states; LLaMA reads text only), `gated`
+            (the same, with a gate on the view tokens that the text controls) or `prefix` (view tokens, text and state
+            run through LLaMA, followed by action queries).
         hidden_size: width of the fusion, and of the context that the head reads.
         num_layers: transformer blocks of the fusion; `prefix` has none, LLaMA's layers do its work.
         num_heads: attention heads of a block.
         dropout: dropout probability inside the blocks.
-        align_weight: weight of the auxiliary loss that draws a middle LLaMA layer towards VGGT's tokens; 0 leaves it out. `prefix` only.
+        align_weight: weight of the auxiliary loss that draws a middle LLaMA layer towards VGGT's tokens; 0 leaves it
+            out. `prefix` only.
         align_layer: the LLaMA layer whose states are aligned; None takes the middle one.
     """
 
