@@ -148,6 +148,8 @@ class Memory:
 
     budget: str | None = None
     """Bytes that the run may use on one GPU, as "28GiB"; None takes what is free, less 10 %."""
+    gpus: int | None = None
+    """Processes, one a GPU, that the recipe is for; training refuses any other number. None takes what is launched."""
 
 
 @_strict
@@ -307,7 +309,7 @@ def _check_one_answer(recipe: Recipe) -> None:
     for part in recipe.lora.apply_to:
         if not getattr(model, f"freeze_{part}"):
             raise RecipeError(
-                f"lora.apply_to names {part!r}, but model.freeze_{part} is false: train adapters or the weights, not both."
+                f"lora.apply_to names {part!r}, but model.freeze_{part} is false: train the one or the other."
             )
     if model.quantization != "none" and not model.freeze_lang_encoder:
         raise RecipeError(
@@ -315,12 +317,10 @@ def _check_one_answer(recipe: Recipe) -> None:
             "model.freeze_lang_encoder to true (with lora.apply_to for QLoRA), or model.quantization to none."
         )
     if training.get("bf16") and training.get("fp16"):
-        raise RecipeError(
-            "training.bf16 and training.fp16 are both true; bf16 is the default, so fp16 needs bf16 false."
-        )
+        raise RecipeError("training.bf16 and training.fp16 are both true; bf16 is the default: set it false.")
     if model.fusion.align_weight and model.fusion.type != "prefix":
         raise RecipeError(
-            "model.fusion.align_weight needs fusion.type prefix, where LLaMA has states at view positions."
+            "model.fusion.align_weight needs fusion.type prefix: there LLaMA has states at view positions."
         )
 
 

@@ -1,0 +1,102 @@
+"""Recipe to processor and model: train, trace, probe and cache build them here, so that they build them alike.
+
+Letters: V views, S state dims, A action dims.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from hf_vla import weights
+from hf_vla.lora import add_adapters, freeze, lora_config, upcast_trained
+from hf_vla.model.action_heads import HEADS
+from hf_vla.model.configuration_vla import VLAConfig
+from hf_vla.model.fusion import FUSIONS
+from hf_vla.model.modeling_vla import VLAForActionPrediction
+from hf_vla.model.processing_vla import VLAProcessor
+from hf_vla.recipe import Recipe, RecipeError
+
+
+def build_processor(
+    recipe: Recipe, views: list[str], stats: Mapping, mean_pictures: np.ndarray | None = None
+) -> VLAProcessor:
+    """Build the processor that training and acting share.
+
+    Args:
+        recipe: the run.
+        views: name of each view, in the order in which samples hold them.
+        stats: the dataset's statistics of `observation.state` and `action`.
+        mean_pictures: (V, H, W, 3) uint8 at the recipe's size; wanted by `data.center_images` and `data.pictures: mean`.
+    """
+    data = recipe.data
+    return VLAProcessor(
+        tokenizer=load_tokenizer(recipe),
+        views=views,
+        stats=stats,
+        image_size=data.image_size,
+        resize=data.resize,
+        normalization=data.normalization,
+        prompt=recipe.model.prompt,
+        view_means=mean_pictures,
+        center_images=data.center_images,
+        pictures=data.pictures,
+    )
+
+
+def load_tokenizer(recipe: Recipe):
+    """Load the tokenizer that the recipe names, the language encoder's own, or a byte-level one for random weights."""
+    source = recipe.model.tokenizer or recipe.model.lang_encoder
+    return weights.byte_tokenizer() if isinstance(source, dict) else weights.load_tokenizer(source)
+
+
+def build_config(recipe: Recipe, num_views: int, state_dim: int, action_dim: int) -> VLAConfig:
+    """Build the model's config without reading any weights: the shapes of the recipe's parts and of its data."""
+    model = recipe.model
+    return VLAConfig(
+        vggt_config=weights.vggt_config(model.vggt),
+        text_config=weights.lang_encoder_config(model.lang_encoder),
+        fusion_config=dataclasses.asdict(model.fusion),
+        head_config=dataclasses.asdict(model.head),
+        num_views=num_views,
+        state_dim=state_dim,
+        action_dim=action_dim,
+        chunk_size=model.chunk_size,
+        vggt_layer=model.vggt_layer,
+        pool_grid=model.pool_grid,
+    )
+
+
+def build_model(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
+    """Build the model with its weights: backbones loaded, the rest new from the recipe's seed, frozen and adapted."""
+    model = empty_model(config)
+    dtype = getattr(torch, recipe.model.dtype)
+    set_seed(recipe.training["seed"])
+    model.model.vggt = weights.load_vggt(recipe.model.vggt, dtype)
+    model.model.lang_encoder = weights.load_lang_encoder(recipe.model.lang_encoder, dtype, recipe.model.quantization)
+    model.model.fusion = FUSIONS[config.fusion_config.type](config)
+    model.head = HEADS[config.head_config.type](config)
+    for part in (model.model.fusion, model.head):
+        part.apply(model._init_weights)
+    make_trainable(model, recipe)
+    return model
+
+
+def empty_model(config: VLAConfig) -> VLAForActionPrediction:
+    """Build the model's tree on the meta device, where a 7B costs nothing."""
+    with torch.device("meta"):
+        return VLAForActionPrediction(config)
+
+
+def make_trainable(model: VLAForActionPrediction, recipe: Recipe) -> None:
+    """Freeze what the recipe freezes, add its adapters, and hold what trains in the dtype it needs."""
+    frozen = [name for name in ("vggt", "lang_encoder") if getattr(recipe.model, f"freeze_{name}")]
+    freeze(model, frozen)
+    if recipe.lora.apply_to:
+        try:
+            add_adapters(model, lora_config(model, recipe.lora))
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+    upcast_trained(model)

@@ -1,0 +1,113 @@
+"""One checkpoint directory: what training changed, and all that is needed to build the rest again.
+
+Weights that came from somewhere and stayed as they were are not written: the recipe names them. So a LoRA checkpoint is
+PEFT's adapter files, `trained.safetensors` (fusion, head, and whatever else trained), `config.json`, the processor with its
+statistics, and `recipe.json`; a model that trained in full is an ordinary `model.safetensors`, which `AutoModel` opens.
+"""
+
+from pathlib import Path
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from hf_vla.assemble import build_model
+from hf_vla.lora import ADAPTER, trained_names
+from hf_vla.model.configuration_vla import VLAConfig
+from hf_vla.model.modeling_vla import VLAForActionPrediction
+from hf_vla.model.processing_vla import VLAProcessor
+from hf_vla.recipe import Recipe, load_recipe
+
+RECIPE = "recipe.json"
+WHOLE = "model.safetensors"
+TRAINED = "trained.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # PEFT writes keys as PeftModel has them, and reads nothing else
+
+
+def save_checkpoint(
+    model: VLAForActionPrediction, processor: VLAProcessor, recipe: Recipe, directory: str | Path
+) -> None:
+    """Write a checkpoint that `load_checkpoint` opens alone."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state, kept = model.state_dict(), _kept_names(model, recipe)
+    if kept == set(state):
+        model.save_pretrained(directory)
+    else:
+        model.config.save_pretrained(directory)
+        save_file({name: state[name].contiguous() for name in kept}, directory / TRAINED, metadata={"format": "pt"})
+    if recipe.lora.apply_to:
+        _save_adapter(model, directory)
+    processor.save_pretrained(directory)
+    recipe.save(directory / RECIPE)
+
+
+def load_checkpoint(directory: str | Path) -> tuple[VLAForActionPrediction, VLAProcessor, Recipe]:
+    """Open a checkpoint: build the recipe's model and lay what was trained over it.
+
+    Raises:
+        FileNotFoundError: if the directory is no checkpoint, saying what is missing.
+    """
+    directory = Path(directory)
+    for name in (RECIPE, "config.json"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} is no checkpoint of hf_vla: it has no {name}.")
+    recipe = load_recipe(directory / RECIPE)
+    processor = VLAProcessor.from_pretrained(directory)
+    if (directory / WHOLE).is_file():
+        return VLAForActionPrediction.from_pretrained(directory), processor, recipe
+    model = build_model(recipe, VLAConfig.from_pretrained(directory))
+    load_trained(model, recipe, directory)
+    return model, processor, recipe
+
+
+def load_trained(model: VLAForActionPrediction, recipe: Recipe, directory: str | Path) -> None:
+    """Lay a checkpoint's weights over a model that was built from the same recipe.
+
+    Raises:
+        ValueError: if the checkpoint lacks a weight that it should hold, or holds one that the model has not.
+    """
+    directory = Path(directory)
+    whole = directory / WHOLE
+    saved = load_file(whole if whole.is_file() else directory / TRAINED)
+    _check_same(_kept_names(model, recipe), set(saved), directory)
+    model.load_state_dict(saved, strict=False)  # the rest is as the recipe's sources have it
+    if recipe.lora.apply_to:
+        _load_adapter(model, directory)
+
+
+def _kept_names(model: VLAForActionPrediction, recipe: Recipe) -> set[str]:
+    """State that only this checkpoint can give back: what trained, and backbones that began as random numbers."""
+    random = tuple(
+        f"model.{part}." for part in ("vggt", "lang_encoder") if isinstance(getattr(recipe.model, part), dict)
+    )
+    new = ("model.fusion.", "head.", *random)
+    trained = trained_names(model)
+    return {n for n in model.state_dict() if (n in trained or n.startswith(new)) and not _is_adapter(n)}
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name
+
+
+def _save_adapter(model: VLAForActionPrediction, directory: Path) -> None:
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    state = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    model.peft_config[ADAPTER].save_pretrained(directory)
+
+
+def _load_adapter(model: VLAForActionPrediction, directory: Path) -> None:
+    saved = load_file(directory / ADAPTER_WEIGHTS)
+    saved = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
+    _check_same(set(get_peft_model_state_dict(model, adapter_name=ADAPTER)), set(saved), directory)
+    set_peft_model_state_dict(model, saved, ADAPTER)
+
+
+def _check_same(expected: set[str], found: set[str], directory: Path) -> None:
+    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"{directory} doesn't fit its recipe: {len(missing)} weights are missing {missing[:3]}, "
+            f"{len(unexpected)} are unexpected {unexpected[:3]}. Was {RECIPE} or config.json edited?"
+        )

@@ -1,0 +1,85 @@
+"""What trains: the freeze policy, low-rank adapters through PEFT, and the names of all that training changes."""
+
+from peft import LoraConfig
+from torch import nn
+
+ADAPTER = "default"
+
+
+def freeze(model: nn.Module, backbones: list[str]) -> None:
+    """Freeze the named backbones (`vggt`, `lang_encoder`) of a VLAForActionPrediction and leave the rest trainable."""
+    for name in backbones:
+        getattr(model.model, name).requires_grad_(False)
+
+
+def lora_config(model: nn.Module, lora) -> LoraConfig:
+    """Translate the recipe's `lora` section into PEFT's config, with the layers it names inside its backbones only.
+
+    Raises:
+        ValueError: if no linear layer of a named backbone matches `target_modules`.
+    """
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=[name for backbone in lora.apply_to for name in _targets(model, backbone, lora.target_modules)],
+    )
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Add adapters to the model and undo PEFT's freezing of what the recipe trains beside them."""
+    trainable = trained_names(model)
+    model.add_adapter(config, ADAPTER)
+    for name, parameter in model.named_parameters():
+        if name in trainable:
+            parameter.requires_grad_(True)
+
+
+def upcast_trained(model: nn.Module) -> None:
+    """Hold fusion, head and adapters in float32: AdamW's small updates vanish in bf16 weights.
+
+    A backbone that trains in full keeps the recipe's dtype; its copies in float32 would cost what the plan can't give.
+    """
+    backbones = ("model.vggt.", "model.lang_encoder.")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("lora_" in name or not name.startswith(backbones)):
+            parameter.data = parameter.data.float()
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that training changes."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count trained and frozen parameters; a quantised weight counts what it stands for, not how it is packed."""
+    counts = {"trained": 0, "frozen": 0}
+    for parameter in model.parameters():
+        counts["trained" if parameter.requires_grad else "frozen"] += _logical_size(parameter)
+    return counts
+
+
+def _logical_size(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two 4-bit weights into one byte
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def _targets(model: nn.Module, backbone: str, wanted: str | list[str]) -> list[str]:
+    prefix = f"model.{backbone}."
+    linear = {
+        prefix + name: name.rpartition(".")[2]
+        for name, module in getattr(model.model, backbone).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if wanted == "all-linear":
+        return list(linear)
+    names = [wanted] if isinstance(wanted, str) else wanted
+    unknown = set(names) - set(linear.values())
+    if unknown:
+        raise ValueError(
+            f"lora.target_modules names {', '.join(sorted(unknown))}, which {backbone} has not; "
+            f"its linear layers are {', '.join(sorted(set(linear.values())))}."
+        )
+    return [full for full, leaf in linear.items() if leaf in names]

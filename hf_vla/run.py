@@ -1,0 +1,110 @@
+"""One run directory: what was asked for, what ran, and what came out, in files that a person and `report.py` read."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_vla
+from hf_vla.recipe import Recipe
+
+RECIPE = "recipe.json"
+INFO = "run.json"
+MODEL = "model"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate", "numpy")
+
+
+def check_directory(directory: str | Path, resume: bool) -> None:
+    """Refuse a directory that holds a run already, or one that holds none to resume.
+
+    Raises:
+        FileExistsError: if it already holds a run and `resume` is false.
+        FileNotFoundError: if there is nothing to resume.
+    """
+    holds_run = (Path(directory) / RECIPE).exists()
+    if holds_run and not resume:
+        raise FileExistsError(
+            f"{directory} already holds a run. Go on with it by --resume, or choose another --output; nothing was changed."
+        )
+    if resume and not holds_run:
+        raise FileNotFoundError(f"{directory} holds no run to resume (it has no {RECIPE}).")
+
+
+def open_run(directory: str | Path, recipe: Recipe) -> None:
+    """Make a run directory and write into it what is going to run; once there, it is only added to."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / RECIPE).exists():
+        recipe.save(directory / RECIPE)
+        update_info(directory, describe_process())
+
+
+def describe_process() -> dict[str, Any]:
+    """Say what runs where: command, versions, commit, machine, time."""
+    return {
+        "hf_vla": hf_vla.__version__,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "machine": describe_machine(),
+        "started": now(),
+    }
+
+
+def describe_machine() -> str:
+    """Name the GPUs, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"{os.cpu_count()} x {platform.machine()} CPU, no GPU"
+
+
+def package_versions() -> dict[str, str]:
+    """Give the installed version of each package that results depend on."""
+    installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+
+
+def git_commit() -> str | None:
+    """Give the commit of the source tree, with `+changes` where it was edited since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def now() -> str:
+    """Give the time as ISO 8601 in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def read_info(directory: str | Path) -> dict[str, Any]:
+    """Read `run.json`; empty where there is none yet."""
+    path = Path(directory) / INFO
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def update_info(directory: str | Path, changes: dict[str, Any]) -> None:
+    """Merge top-level keys into `run.json`, which is never left half-written."""
+    write_json(Path(directory) / INFO, {**read_info(directory), **changes})
+
+
+def add_event(directory: str | Path, step: int, kind: str, text: str) -> None:
+    """Append to the run's events: whatever its user should know that happened."""
+    event = {"time": now(), "step": step, "kind": kind, "text": text}
+    update_info(directory, {"events": [*read_info(directory).get("events", []), event]})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside its place and move it there, so that a kill leaves the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)

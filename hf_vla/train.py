@@ -1,0 +1,115 @@
+"""Train a policy: `accelerate launch hf_vla/train.py recipes/lora.json`."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_vla import run
+from hf_vla.assemble import build_config, build_model, build_processor
+from hf_vla.checkpoint import save_checkpoint
+from hf_vla.data.collator import VLACollator
+from hf_vla.data.mixture import build_datasets, mean_pictures
+from hf_vla.lora import count_parameters
+from hf_vla.recipe import Recipe, RecipeError, load_recipe
+from hf_vla.report import write_report
+from hf_vla.trainer import VLATrainer, training_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
+    """Train the recipe's policy into a run directory, and return that directory.
+
+    Raises:
+        RecipeError: if the recipe can't be run here as it stands.
+        FileExistsError: if the directory already holds a run.
+    """
+    check_processes(recipe)
+    run.check_directory(output, resume)
+    trainer = build_trainer(recipe, output)
+    with PartialState().main_process_first():
+        run.open_run(output, recipe)
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
+    if trainer.is_world_process_zero():
+        save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)
+        write_results(trainer, result.metrics, output)
+    PartialState().wait_for_everyone()
+    return output
+
+
+def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
+    """Build data, processor, model and trainer, in the order in which each needs the one before."""
+    arguments = training_arguments(recipe, str(output))
+    train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, arguments.seed)
+    info = train_data.info
+    wants_means = recipe.data.center_images or recipe.data.pictures == "mean"
+    means = mean_pictures(train_data) if wants_means else None
+    processor = build_processor(recipe, train_data.view_names, info.stats, means)
+    config = build_config(recipe, len(train_data.view_names), info.state_dim, info.action_dim)
+    return VLATrainer(
+        recipe=recipe,
+        processor=processor,
+        model=build_model(recipe, config),
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=VLACollator(processor),
+    )
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Refuse to run with other processes than were asked for.
+
+    `accelerate launch` falls back to one process without a word where its config doesn't fit the machine, and a launcher
+    may start several that never join: each then trains alone, on the same samples.
+
+    Raises:
+        RecipeError: if the launcher's or the recipe's count isn't the count that runs together.
+    """
+    running, launched = PartialState().num_processes, int(os.environ.get("WORLD_SIZE", 1))
+    wanted = recipe.memory.gpus or launched
+    if running != launched or running != wanted:
+        raise RecipeError(
+            f"{wanted} processes were asked for (recipe: memory.gpus {recipe.memory.gpus}, launcher: {launched}), but "
+            f"{running} run together. Launch with `accelerate launch --multi_gpu --num_processes {wanted} …`."
+        )
+
+
+def write_results(trainer: VLATrainer, metrics: dict[str, float], output: Path) -> None:
+    """Write what came out into the run directory."""
+    run.write_json(output / "log_history.json", trainer.state.log_history)
+    results = {
+        "finished": run.now(),
+        "seconds": metrics["train_runtime"],
+        "samples_per_second": metrics["train_samples_per_second"],
+        "steps": trainer.state.global_step,
+        "parameters": count_parameters(trainer.bare_model()),
+        "train": {"loss": metrics["train_loss"]},
+    }
+    run.update_info(output, results)
+    write_report(output)
+
+
+def main(
+    recipe_file: Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe> by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
+) -> None:
+    """Train a policy as a recipe says."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        recipe = load_recipe(recipe_file, overrides)
+        directory = train(recipe, output or Path("runs") / recipe_file.stem, resume)
+    except (RecipeError, OSError) as error:
+        raise SystemExit(f"Error: {error}") from None
+    logger.info("Trained: %s; report: %s", directory / run.MODEL, directory / "report.html")
+
+
+if __name__ == "__main__":
+    typer.run(main)
