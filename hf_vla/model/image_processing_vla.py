@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from .modeling_vggt import count_patches
+
 PATCH = 14
 """Side of VGGT's patch in pixels."""
 
@@ -34,7 +36,7 @@ def resize_view(image: np.ndarray | Image.Image, size: int, mode: str) -> np.nda
     """
     if mode not in _RESIZERS:
         raise ValueError(f"Unknown resize mode {mode!r}; allowed: {', '.join(_RESIZERS)}.")
-    check_patch_multiple(size, "image size")
+    count_patches(size, PATCH, "image size")
     return _RESIZERS[mode](_to_rgb(image), size)
 
 
@@ -42,19 +44,6 @@ def stack_views(views: Sequence[np.ndarray]) -> np.ndarray:
     """Stack pictures to (V, H, W, 3); where shapes differ, centre each on white of the largest height and width."""
     height, width = (max(view.shape[axis] for view in views) for axis in (0, 1))
     return np.stack([_centre_on_white(view, height, width) for view in views])
-
-
-def check_patch_multiple(side: int, name: str, patch: int = PATCH) -> None:
-    """Refuse a side in pixels that patches can't tile.
-
-    Raises:
-        ValueError: names the nearest two sides that they can.
-    """
-    if side < patch or side % patch:
-        low = max(patch, side // patch * patch)
-        raise ValueError(
-            f"The {name} must be a multiple of {patch}, VGGT's patch; {side} isn't. Nearest: {low} and {low + patch}."
-        )
 
 
 def _to_rgb(image: np.ndarray | Image.Image) -> Image.Image:

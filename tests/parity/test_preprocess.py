@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from hf_vla.model.image_processing_vla import check_patch_multiple, resize_view, stack_views
+from hf_vla.model.image_processing_vla import resize_view, stack_views
 
 REFERENCES = Path(__file__).parents[1] / "references" / "vggt_preprocess"
 EXPECTED = json.loads((REFERENCES / "expected.json").read_text())
@@ -67,8 +67,6 @@ def test_transparency_becomes_white():
 def test_size_between_patches_names_the_nearest_two():
     with pytest.raises(ValueError, match=r"384 isn't\. Nearest: 378 and 392"):
         resize_view(picture(10, 10), 384, "stretch")
-    with pytest.raises(ValueError, match=r"5 isn't\. Nearest: 14 and 28"):
-        check_patch_multiple(5, "image size")
 
 
 def test_wrong_input_is_one_clear_error():
