@@ -162,6 +162,12 @@ class Evaluation:
     """Rollouts of each task, each from a start position that training has not seen."""
     seed: int = 10_000
     """First start position; recording uses seeds below it."""
+    image_size: int = 224
+    field_of_view: dict[str, float] = field(default_factory=dict)
+    action_repeat: int = 4
+    """Of the simulator: how the demonstrations were recorded."""
+    max_steps: int = 100
+    """Actions after which a rollout counts as failed."""
     n_action_steps: int = 8
     """Actions of a chunk that are carried out before the next look."""
     swapped: dict[str, str] = field(default_factory=dict)

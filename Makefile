@@ -1,0 +1,56 @@
+# Every target works first on a fresh clone: it makes .venv where there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/$(patsubst train-%,%,$@)-$(shell date +%Y%m%d-%H%M%S)
+DATASET ?= datasets/metaworld_tiny
+RECIPE ?= recipes/lora.json
+SET ?=
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# The CPU build has a local version of its own, which the main index does not carry and PyTorch's index does: asking for it by
+# name can never pull the CUDA packages.
+CPU_TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+LAUNCH := $(BIN)/accelerate launch
+
+.PHONY: install train-tiny train-safe train-lora style quality test test-slow test-sim test-gpu clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+ifeq ($(HAS_GPU)$(shell uname -s),Linux)
+	$(BIN)/pip install --quiet "$(CPU_TORCH)" 2>/dev/null || $(BIN)/pip install --quiet "$(CPU_TORCH)" --index-url $(TORCH_INDEX)
+endif
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m hf_vla.rollout.graphics || true
+	touch $@
+
+train-tiny: install
+	$(BIN)/python data_scripts/train_tiny.py --dataset $(DATASET) --run $(RUN)
+
+train-safe train-lora: install
+	$(LAUNCH) hf_vla/train.py recipes/$(patsubst train-%,%,$@).json --output $(RUN) $(foreach pair,$(SET),--set $(pair))
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: install
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+test-sim: install
+	$(BIN)/pytest -m sim
+
+test-gpu: install
+	$(BIN)/pytest -m gpu
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

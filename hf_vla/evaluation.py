@@ -1,0 +1,162 @@
+"""How good is the policy of a run: action errors on held-out episodes, and closed-loop rollouts beside their controls.
+
+A rollout's success says little alone, so each is set beside what chance, the expert, the same policy without its pictures and
+the same policy with another task's instruction achieve from the same start positions.
+"""
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_vla import run
+from hf_vla.data.mixture import build_datasets
+from hf_vla.policy import Policy
+from hf_vla.recipe import Recipe, load_recipe
+from hf_vla.rollout.loop import (
+    EpisodeResult,
+    ExpertPolicy,
+    Job,
+    RandomPolicy,
+    contact_sheet,
+    run_in_processes,
+    split_job,
+)
+from hf_vla.rollout.metaworld_env import ACTION_NAMES, CAMERAS, MetaWorldEnv, graphics_problem, instruction_of
+from hf_vla.rollout.metrics import offline_report, wilson_interval
+
+POLICY, BLIND, SWAPPED, RANDOM, EXPERT = "policy", "without_pictures", "swapped_instruction", "random", "expert"
+TURNED = 0.5
+"""Angle in rad from which a faucet counts as turned, the way that its sign says."""
+
+PICTURED = 5
+"""Episodes of each task that are kept as pictures."""
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_offline(directory: Path) -> dict[str, Any]:
+    """Measure the run's policy on held-out episodes, beside three baselines, and write it into the run."""
+    recipe = load_recipe(directory / run.RECIPE)
+    train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
+    policy = Policy.from_pretrained(directory / run.MODEL)
+    offline = offline_report(policy.predict_samples, eval_data, train_data)
+    run.update_info(directory, {"offline": offline})
+    run.write_json(directory / "episode.json", compare_episode(policy, eval_data))
+    return offline
+
+
+def compare_episode(policy: Policy, eval_data) -> dict[str, Any]:
+    """Lay predicted actions beside recorded ones over the first held-out episode, a chunk at a time."""
+    first = eval_data[0]
+    samples = [eval_data[i] for i in range(len(eval_data)) if eval_data.episode_of(i) == first.episode_index]
+    steps = policy.n_action_steps
+    predicted = policy.predict_samples(samples[::steps])[:, :steps].reshape(-1, samples[0].actions.shape[1])
+    return {
+        "task": first.task,
+        "episode_index": first.episode_index,
+        "fps": eval_data.info.fps,
+        "names": eval_data.info.action_names,
+        "recorded": [sample.actions[0].tolist() for sample in samples],
+        "predicted": predicted[: len(samples)].tolist(),
+    }
+
+
+def evaluate_rollouts(directory: Path, workers: int = 2) -> dict[str, Any] | None:
+    """Roll the run's policy and its controls out in the simulator, and write counts and pictures into the run.
+
+    Returns:
+        What was written into `run.json`; None where there is no simulator to roll out in.
+    """
+    recipe = load_recipe(directory / run.RECIPE)
+    problem = "the recipe names no simulator" if recipe.evaluation.simulator == "none" else graphics_problem()
+    if problem:
+        logger.warning(
+            "Skipped: rollouts (policy, without pictures, swapped instruction, random, expert): %s.", problem
+        )
+        run.update_info(directory, {"rollouts_skipped": problem})
+        return None
+    results = {}
+    for condition in (POLICY, BLIND, SWAPPED, RANDOM, EXPERT):
+        episodes = roll_out(condition, directory, recipe, workers)
+        results["rollouts" if condition == POLICY else f"rollouts_{condition}"] = count(condition, episodes)
+        save_sheets(directory / "rollouts" / condition, episodes)
+    run.update_info(directory, results)
+    return results
+
+
+def roll_out(condition: str, directory: Path, recipe: Recipe, workers: int) -> dict[str, list[EpisodeResult]]:
+    """Run every task's episodes under one condition, in parallel processes, from the same start positions."""
+    evaluation = recipe.evaluation
+    seeds = range(evaluation.seed, evaluation.seed + evaluation.episodes)
+    make_policy = functools.partial(_make_policy, condition, str(directory / run.MODEL))
+    tasks, pieces = [], []
+    for task in evaluation.swapped if condition == SWAPPED else evaluation.tasks:
+        make_env = functools.partial(_make_env, task, recipe, condition)
+        parts = split_job(Job(make_env, make_policy, seeds, evaluation.max_steps), workers)
+        tasks += [task] * len(parts)
+        pieces += parts
+    episodes: dict[str, list[EpisodeResult]] = {}
+    for task, results in zip(tasks, run_in_processes(pieces, workers), strict=True):
+        episodes.setdefault(task, []).extend(results)
+    return episodes
+
+
+def _make_env(task: str, recipe: Recipe, condition: str) -> MetaWorldEnv:
+    evaluation = recipe.evaluation
+    told = evaluation.swapped[task] if condition == SWAPPED else task
+    return MetaWorldEnv(
+        task,
+        image_size=evaluation.image_size,
+        cameras=[view.camera for view in recipe.data.views or []] or CAMERAS,
+        action_repeat=evaluation.action_repeat,
+        field_of_view=evaluation.field_of_view,
+        instruction=instruction_of(told),
+    )
+
+
+def _make_policy(condition: str, checkpoint: str, env: MetaWorldEnv):
+    if condition == RANDOM:
+        return RandomPolicy(seed=0, action_dim=len(ACTION_NAMES))
+    if condition == EXPERT:
+        return ExpertPolicy(env)
+    policy = Policy.from_pretrained(checkpoint)
+    if condition == BLIND:
+        policy.processor.pictures = "mean"
+    return policy
+
+
+def count(condition: str, episodes: dict[str, list[EpisodeResult]]) -> dict[str, Any]:
+    """Count successes of each task, with Wilson's 95 % interval.
+
+    With another task's instruction, success is doing what was said: the faucet stands turned the other way.
+    """
+    table: dict[str, Any] = {}
+    for task, results in episodes.items():
+        own = sum(result.success for result in results)
+        successes = sum(_turned_the_other_way(task, result) for result in results) if condition == SWAPPED else own
+        table[task] = {
+            "successes": successes,
+            "episodes": len(results),
+            "interval": wilson_interval(successes, len(results)),
+        }
+        if condition == SWAPPED:
+            table[task]["own_task_successes"] = own
+            table[task]["final_measures"] = [round(result.measure, 4) for result in results]
+    table["mean_success"] = float(np.mean([row["successes"] / row["episodes"] for row in table.values()]))
+    return table
+
+
+def _turned_the_other_way(task: str, result: EpisodeResult) -> bool:
+    """Whether a faucet that its task opens (positive angle) stands closed, or the other way round."""
+    return (-result.measure if "open" in task else result.measure) > TURNED
+
+
+def save_sheets(directory: Path, episodes: dict[str, list[EpisodeResult]]) -> None:
+    """Save one contact sheet a task, where the policy looked at pictures at all."""
+    for task, results in episodes.items():
+        if any(result.frames for result in results):
+            directory.mkdir(parents=True, exist_ok=True)
+            contact_sheet(results[:PICTURED]).save(directory / f"{task}.png")
