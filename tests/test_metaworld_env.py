@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from hf_vla.rollout import metaworld_env
+from hf_vla.rollout import graphics
+from hf_vla.rollout.graphics import graphics_problem
 from hf_vla.rollout.loop import ExpertPolicy, RandomPolicy, run_episodes
-from hf_vla.rollout.metaworld_env import MetaWorldEnv, control_rate, graphics_problem, instruction_of
+from hf_vla.rollout.metaworld_env import MetaWorldEnv, control_rate, instruction_of
 from hf_vla.rollout.metaworld_tasks import GOAL_DOTS, INSTRUCTIONS
 
 # Meta-World's experts ask for more than an action can hold, say so, and are clipped.
@@ -45,14 +46,14 @@ def test_control_rate_is_a_whole_number_of_frames():
 
 
 def test_missing_graphics_library_is_reported_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr(metaworld_env.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(metaworld_env, "_can_draw", lambda backend: False)
+    monkeypatch.setattr(graphics.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(graphics, "_can_draw", lambda backend: False)
     problem = graphics_problem.__wrapped__()
     assert "apt-get install" in problem and "no graphics library" in problem
 
 
 def test_missing_metaworld_is_reported_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr(metaworld_env.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(graphics.importlib.util, "find_spec", lambda name: None)
     assert 'pip install "hf-vla[sim]"' in graphics_problem.__wrapped__()
 
 

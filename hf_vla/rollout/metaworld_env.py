@@ -6,16 +6,14 @@ two that works is taken.
 """
 
 import difflib
-import functools
-import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_vla.rollout.graphics import graphics_problem
 from hf_vla.rollout.loop import EnvStep
 from hf_vla.rollout.metaworld_tasks import GOAL_DOTS, INSTRUCTIONS, MEASURED_JOINTS
 from hf_vla.sample import IMAGES, STATE, TASK
@@ -28,9 +26,6 @@ SIMULATOR_RATE = 80
 
 _UPSIDE_DOWN = "corner2"
 _HIDDEN, _SHOWN = 5, 0  # MuJoCo's groups of sites: numbers without a meaning of their own
-_INSTALL_METAWORLD = 'pip install "hf-vla[sim]"'
-_INSTALL_GRAPHICS = "apt-get install -y libegl1 libegl1-mesa libgl1 libgl1-mesa-dri libgles2 libosmesa6"
-_DRAW_NOTHING = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
 
 
 class MetaWorldEnv:
@@ -183,35 +178,6 @@ def control_rate(action_repeat: int) -> int:
     return SIMULATOR_RATE // action_repeat
 
 
-@functools.cache
-def graphics_problem() -> str | None:
-    """Return None where pictures can be drawn; else what is missing, with the line that installs it.
-
-    It draws in a process of its own, since MuJoCo can't be told to try again with another library. What it finds to
-    work is left in MUJOCO_GL for this process and its children.
-    """
-    if importlib.util.find_spec("metaworld") is None:
-        return f"Meta-World is not installed: {_INSTALL_METAWORLD}"
-    for backend in _backends():
-        if _can_draw(backend):
-            os.environ["MUJOCO_GL"] = backend
-            return None
-    return f"MuJoCo finds no graphics library to draw with (tried {', '.join(_backends())}): {_INSTALL_GRAPHICS}"
-
-
-def _backends() -> Sequence[str]:
-    asked = os.environ.get("MUJOCO_GL")
-    if asked:
-        return (asked,)
-    return ("egl", "osmesa") if sys.platform == "linux" else ("glfw",)
-
-
-def _can_draw(backend: str) -> bool:
-    environment = {**os.environ, "MUJOCO_GL": backend}
-    probe = subprocess.run([sys.executable, "-c", _DRAW_NOTHING], env=environment, capture_output=True, timeout=120)
-    return probe.returncode == 0
-
-
 def _import_simulator(task: str) -> tuple[Any, type, type]:
     if "MUJOCO_GL" not in os.environ and graphics_problem():
         raise ImportError(graphics_problem())
@@ -227,4 +193,7 @@ def _import_simulator(task: str) -> tuple[Any, type, type]:
 def _make_renderer(mujoco: Any, model: Any, side: int) -> Any:
     model.vis.global_.offwidth = max(side, model.vis.global_.offwidth)
     model.vis.global_.offheight = max(side, model.vis.global_.offheight)
-    return mujoco.Renderer(model, side, side)
+    try:
+        return mujoco.Renderer(model, side, side)
+    except mujoco.FatalError as error:
+        raise ImportError(graphics_problem() or f"MuJoCo can't draw: {error}") from error
