@@ -23,7 +23,7 @@ ifeq ($(HAS_GPU)$(shell uname -s),Linux)
 	$(BIN)/pip install --quiet "$(CPU_TORCH)" 2>/dev/null || $(BIN)/pip install --quiet "$(CPU_TORCH)" --index-url $(TORCH_INDEX)
 endif
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@$(BIN)/python -m hf_vla.rollout.graphics || true
+	@$(BIN)/python -c "from hf_vla.rollout.metaworld_env import graphics_problem as problem; print(problem() or \"Pictures can be drawn.\")"
 	touch $@
 
 train-tiny: install

@@ -303,7 +303,7 @@ def _check_geometry(recipe: Recipe) -> None:
     if size % 14 or size < 14:
         low = max(14, size // 14 * 14)
         raise RecipeError(
-            f"data.image_size is {size}, not a multiple of 14 (VGGT's patch). Nearest: {low}, {low + 14}."
+            f"data.image_size is {size}, not a multiple of 14 (VGGT's patch). Nearest: {low} and {low + 14}."
         )
     if prompt.count("{task}") != 1:
         raise RecipeError(f"model.prompt must hold {{task}} exactly once; it is {prompt!r}.")
