@@ -146,10 +146,11 @@ class VLAConfig(PreTrainedConfig):
         chunk_size: actions predicted at once, T.
         vggt_layer: index of the VGGT layer whose patch tokens are used; negative counts from the end.
         pool_grid: side g of the grid that each view's patch tokens are pooled to; g² tokens a view.
-        initializer_range: standard deviation of newly made weights.
+        initializer_range: standard deviation of newly made embeddings and queries; linear layers are scaled by their inputs.
     """
 
     model_type = "hf_vla"
+    _auto_class = "AutoConfig"  # as VLAForActionPrediction's: a saved directory holds the code too
     sub_configs = {  # noqa: RUF012 - the name and form that transformers reads
         "vggt_config": VGGTConfig,
         "text_config": AutoConfig,

@@ -1,0 +1,286 @@
+"""The policy: VGGT and LLaMA give features, the fusion joins them with the robot's state, the head makes actions of them.
+
+Letters: B batch, V views, H W pixels, P patches of a view, g grid side after pooling, L text tokens, D LLaMA width, C VGGT
+width (outputs are 2C), T chunk, A action dims, S state dims, F fusion width.
+"""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .action_heads import HEADS
+from .configuration_vla import VLAConfig
+from .fusion import FUSIONS
+from .modeling_vggt import VGGTModel
+
+
+@dataclass
+class VLAModelOutput(ModelOutput):
+    """What the fusion made of a batch."""
+
+    context: Tensor | None = None
+    """(B, T, F): one vector for each step of the chunk."""
+    align_loss: Tensor | None = None
+    """(B,) float32: distance of LLaMA's view states from VGGT's tokens, where that is trained."""
+
+
+@dataclass
+class VLAOutput(ModelOutput):
+    """What `VLAForActionPrediction` returns."""
+
+    loss: Tensor | None = None
+    """Scalar float32; only if actions were given."""
+    context: Tensor | None = None
+    """(B, T, F): what the head reads."""
+    align_loss: Tensor | None = None
+    """Scalar float32, already in `loss` by its weight; only where it is trained."""
+
+
+class VLAPreTrainedModel(PreTrainedModel):
+    """What both models share: the config, and how new weights begin."""
+
+    config_class = VLAConfig
+    base_model_prefix = "model"
+    # Not input_ids: with cached features there are none, and activation checkpointing would then demand gradients of
+    # LLaMA's embeddings, and so record a graph through a frozen LLaMA. The state is in every batch.
+    main_input_name = "state"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("Block", "SelfBlock", "CrossBlock")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # As torch begins linear layers: scaled by their inputs, so that a narrow model learns as a wide one does.
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class VLAModel(VLAPreTrainedModel):
+    """Backbones and fusion: a batch of observations in, the head's context out.
+
+    A backbone whose features come from a cache may be left out: `model.vggt = None`, `model.lang_encoder = None`.
+    """
+
+    def __init__(self, config: VLAConfig):
+        super().__init__(config)
+        self.vggt = VGGTModel(config.vggt_config)
+        self.lang_encoder = AutoModel.from_config(config.text_config)
+        self.fusion = FUSIONS[config.fusion_config.type](config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return LLaMA's token embedding, or None where LLaMA is left out."""
+        return self.lang_encoder and self.lang_encoder.get_input_embeddings()
+
+    def forward(
+        self,
+        *,
+        state: Tensor,
+        pixel_values: Tensor | None = None,
+        view_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        text_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> VLAModelOutput:
+        """Fuse a batch; the arguments are those of `VLAForActionPrediction.forward`."""
+        _check_exactly_one(pixel_values=pixel_values, view_features=view_features)
+        _check_exactly_one(input_ids=input_ids, text_features=text_features)
+        if view_features is None:
+            view_features = self.encode_views(pixel_values)
+        self._check_views(view_features)
+        if text_features is None:
+            text_features = self.encode_text(input_ids)
+        mask = _text_mask(text_features, attention_mask)
+        return VLAModelOutput(context=self.fusion(view_features, text_features, mask, state))
+
+    def encode_views(self, pixel_values: Tensor) -> Tensor:
+        """Run VGGT as far as the configured layer and pool each view's patch tokens.
+
+        Args:
+            pixel_values: (B, V, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, V, g², 2C): exactly what a cache stores and what `view_features` takes.
+
+        Raises:
+            ValueError: if VGGT is left out, or the pictures have fewer patches than the grid.
+        """
+        if self.vggt is None:
+            raise ValueError("This model is without its VGGT: give view_features instead of pixel_values.")
+        with _grad_if_trained(self.vggt):
+            tokens = self.vggt(pixel_values, layers=[self.config.vggt_layer])[0]
+            patches = tokens[:, :, self.vggt.num_special_tokens :]
+            return self._pool(patches, pixel_values)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Run LLaMA over text alone.
+
+        Padding stands behind the text, where causal attention never looks, so that no mask is needed: attention keeps its
+        fast kernels, and no mask has to be read back from the GPU.
+
+        Args:
+            input_ids: (B, L), padded on the right.
+
+        Returns:
+            (B, L, D): last hidden states, those of padding meaningless.
+        """
+        if self.lang_encoder is None:
+            raise ValueError("This model is without its language encoder: give text_features instead of input_ids.")
+        with _grad_if_trained(self.lang_encoder):
+            return self.lang_encoder(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def _pool(self, patches: Tensor, pixel_values: Tensor) -> Tensor:
+        """Average patch tokens (B, V, P, 2C), row by row, to (B, V, g², 2C)."""
+        h, w = (side // self.config.vggt_config.patch_size for side in pixel_values.shape[-2:])
+        g = self.config.pool_grid
+        if min(h, w) < g:
+            raise ValueError(
+                f"{h} x {w} patches can't be pooled to {g} x {g}: lower pool_grid or enlarge the pictures."
+            )
+        grid = patches.flatten(0, 1).transpose(1, 2).unflatten(-1, (h, w))
+        pooled = F.adaptive_avg_pool2d(grid, g).flatten(2).transpose(1, 2)
+        return pooled.unflatten(0, patches.shape[:2])
+
+    def _check_views(self, view_features: Tensor) -> None:
+        expected = (self.config.num_views, self.config.pool_grid**2, 2 * self.config.vggt_config.embed_dim)
+        if tuple(view_features.shape[1:]) != expected:
+            raise ValueError(
+                f"This model has {expected[0]} views of {expected[1]} tokens of width {expected[2]}; "
+                f"the batch brings {' x '.join(map(str, view_features.shape[1:]))}."
+            )
+
+
+class VLAForActionPrediction(VLAPreTrainedModel):
+    """The whole policy: an observation in, a loss or a chunk of actions out, in normalised space."""
+
+    _auto_class = "AutoModel"  # a saved directory holds the code too, and opens with trust_remote_code
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, and doesn't divide by the accumulation steps again
+
+    def __init__(self, config: VLAConfig):
+        super().__init__(config)
+        self.model = VLAModel(config)
+        self.head = HEADS[config.head_config.type](config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return LLaMA's token embedding, or None where LLaMA is left out."""
+        return self.model.get_input_embeddings()
+
+    def forward(
+        self,
+        *,
+        state: Tensor,
+        pixel_values: Tensor | None = None,
+        view_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        text_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        actions: Tensor | None = None,
+        action_is_pad: Tensor | None = None,
+        draws: dict[str, Tensor] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VLAOutput:
+        """Compute the loss of a batch; without actions, only the context.
+
+        Args:
+            state: (B, S), normalised.
+            pixel_values: (B, V, 3, H, W) in [0, 1]; or else
+            view_features: (B, V, g², 2C), what `encode_views` gives.
+            input_ids: (B, L), padded on the right; or else
+            text_features: (B, L, D), what `encode_text` gives.
+            attention_mask: (B, L), 1 where there is text; None where all is text.
+            actions: (B, T, A), normalised.
+            action_is_pad: (B, T) bool, True where an action doesn't count; None where all count.
+            draws: the head's random numbers for these samples, as `draws` gives them; None draws them now.
+            num_items_in_batch: valid action entries (steps x dimensions) of the whole optimizer step, by which the summed
+                loss is divided; None counts this batch's own.
+            generator: that `draws` are drawn from; None takes torch's own.
+
+        Raises:
+            ValueError: unless there is exactly one of pixels and view features, and of ids and text features.
+        """
+        features = self.model(
+            state=state,
+            pixel_values=pixel_values,
+            view_features=view_features,
+            input_ids=input_ids,
+            text_features=text_features,
+            attention_mask=attention_mask,
+        )
+        if actions is None:
+            return VLAOutput(context=features.context)
+        if action_is_pad is None:
+            action_is_pad = torch.zeros_like(actions[..., 0], dtype=torch.bool)
+        if draws is None:
+            draws = self.draws(actions, generator)
+        loss = self.head(features.context, actions, action_is_pad, draws)
+        count = (~action_is_pad).sum() * self.config.action_dim if num_items_in_batch is None else num_items_in_batch
+        return VLAOutput(loss=loss / count, context=features.context)
+
+    def draws(self, actions: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draw everything random that the loss of these actions (B, T, A) needs; each tensor has B rows."""
+        return self.head.draws(actions, generator)
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        *,
+        state: Tensor,
+        pixel_values: Tensor | None = None,
+        view_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        text_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predict the chunk of actions of each observation.
+
+        Args:
+            state, pixel_values, view_features, input_ids, text_features, attention_mask: as `forward` takes them.
+            generator: that a sampling head draws from; None takes torch's own.
+
+        Returns:
+            (B, T, A) float32, normalised.
+        """
+        features = self.model(
+            state=state,
+            pixel_values=pixel_values,
+            view_features=view_features,
+            input_ids=input_ids,
+            text_features=text_features,
+            attention_mask=attention_mask,
+        )
+        return self.head.sample(features.context, generator)
+
+
+def _grad_if_trained(module: nn.Module) -> AbstractContextManager:
+    """Record no graph through a frozen module, even if a hook makes its embeddings require gradients."""
+    is_trained = any(parameter.requires_grad for parameter in module.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
+
+
+def _check_exactly_one(**given: Tensor | None) -> None:
+    names = [name for name, tensor in given.items() if tensor is not None]
+    if len(names) != 1:
+        raise ValueError(f"Expected exactly one of {' and '.join(given)}, got {' and '.join(names) or 'neither'}.")
+
+
+def _text_mask(text: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Give the (B, L) bool mask of text (B, L, ...)."""
+    if attention_mask is None:
+        return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    return attention_mask.bool()
