@@ -29,7 +29,7 @@ def build_processor(
         recipe: the run.
         views: name of each view, in the order in which samples hold them.
         stats: the dataset's statistics of `observation.state` and `action`.
-        mean_pictures: (V, H, W, 3) uint8 at the recipe's size; wanted by `data.center_images` and `data.pictures: mean`.
+        mean_pictures: (V, H, W, 3) uint8; wanted by `data.center_images` and by every blind control.
     """
     data = recipe.data
     return VLAProcessor(

@@ -51,7 +51,7 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
 def compare_episode(policy: Policy, eval_data) -> dict[str, Any]:
     """Lay predicted actions beside recorded ones over the first held-out episode, a chunk at a time."""
     first = eval_data[0]
-    samples = [eval_data[i] for i in range(len(eval_data)) if eval_data.episode_of(i) == first.episode_index]
+    samples = [eval_data[i] for i in range(len(eval_data)) if eval_data.locate(i)[0].index == first.episode_index]
     steps = policy.n_action_steps
     predicted = policy.predict_samples(samples[::steps])[:, :steps].reshape(-1, samples[0].actions.shape[1])
     return {

@@ -16,6 +16,11 @@ ACTION = "action"
 TASK = "task"
 
 
+def view_name(camera: str, offset: int | str = 0) -> str:
+    """Name a view by its camera and, where it isn't the present frame, the moment: `top`, `top@-5`, `top@goal`."""
+    return camera if offset == 0 else f"{camera}@{offset}"
+
+
 class Sample(NamedTuple):
     """One observation and the chunk of actions that followed it, in the dataset's own physical units."""
 

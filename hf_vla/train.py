@@ -15,8 +15,10 @@ from hf_vla.checkpoint import save_checkpoint
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
 from hf_vla.lora import count_parameters
+from hf_vla.model.image_processing_vla import resize_view, stack_views
 from hf_vla.recipe import Recipe, RecipeError, load_recipe
 from hf_vla.report import write_report
+from hf_vla.sample import view_name
 from hf_vla.trainer import VLATrainer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,9 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     """Build data, processor, model and trainer, in the order in which each needs the one before."""
     arguments = training_arguments(recipe, str(output))
     train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, arguments.seed)
-    info = train_data.info
-    wants_means = recipe.data.center_images or recipe.data.pictures == "mean"
-    means = mean_pictures(train_data) if wants_means else None
-    processor = build_processor(recipe, train_data.view_names, info.stats, means)
-    config = build_config(recipe, len(train_data.view_names), info.state_dim, info.action_dim)
+    info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
+    processor = build_processor(recipe, views, info.stats, mean_pictures(train_data, fit_views(recipe)))
+    config = build_config(recipe, len(views), info.state_dim, info.action_dim)
     return VLATrainer(
         recipe=recipe,
         processor=processor,
@@ -59,6 +59,13 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=VLACollator(processor),
+    )
+
+
+def fit_views(recipe: Recipe):
+    """Give the function that stacks an observation's pictures at the recipe's size, as the processor does."""
+    return lambda images: stack_views(
+        [resize_view(image, recipe.data.image_size, recipe.data.resize) for image in images]
     )
 
 
