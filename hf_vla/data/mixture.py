@@ -1,0 +1,99 @@
+"""The recipe's data section to the datasets of a run: what is trained on, and what is held out."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from hf_vla.data.lerobot_format import DatasetInfo, Episode, open_dataset
+from hf_vla.data.windows import ViewLike, WindowDataset
+
+logger = logging.getLogger(__name__)
+
+
+class CameraView(NamedTuple):
+    """A view where the recipe names none: what a camera sees now."""
+
+    camera: str
+    offset: int | Literal["goal"] = 0
+
+
+def build_datasets(data: Any, chunk_size: int, seed: int) -> tuple[WindowDataset, WindowDataset | None]:
+    """Open what a recipe's data section names, and hold episodes out of it.
+
+    Args:
+        data: `hf_vla.recipe.Data`: `dataset`, `revision`, `views` and `eval_fraction` are read.
+        chunk_size: actions of a sample, T.
+        seed: chooses the episodes held out.
+
+    Returns:
+        The training set, and the held-out set, None where nothing is held out.
+
+    Raises:
+        FileNotFoundError: for a dataset that isn't there.
+        ValueError: for one that can't be read, or views that it doesn't have.
+    """
+    if data.dataset is None:
+        raise ValueError(
+            "data.dataset isn't set: give the folder or Hub id of a LeRobot dataset, or record one with "
+            "data_scripts/record_metaworld.py."
+        )
+    info = open_dataset(data.dataset, data.revision)
+    views = _views(data.views, info)
+    train, held_out = split_episodes(info.episodes, data.eval_fraction, seed)
+    if data.eval_fraction > 0 and not held_out:
+        logger.warning("%s: nothing is held out, since it has one episode.", info.name)
+    eval_dataset = WindowDataset(info, views, chunk_size, held_out) if held_out else None
+    return WindowDataset(info, views, chunk_size, train), eval_dataset
+
+
+def split_episodes(episodes: tuple[Episode, ...], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Choose the episodes that are held out: `fraction` of each task's, at least one of every task that has two.
+
+    Where no task has two episodes, the tasks are taken together.
+
+    Returns:
+        Indices of the episodes to train on, and of those held out, each in ascending order.
+    """
+    if fraction <= 0:
+        return [episode.index for episode in episodes], []
+    by_task = defaultdict(list)
+    for episode in episodes:
+        by_task[episode.tasks].append(episode.index)
+    groups = [group for group in by_task.values() if len(group) > 1] or [[episode.index for episode in episodes]]
+    generator = np.random.default_rng(seed)
+    held_out = {index for group in groups for index in _draw(group, fraction, generator)}
+    return [e.index for e in episodes if e.index not in held_out], sorted(held_out)
+
+
+def mean_pictures(
+    dataset: WindowDataset, prepare: Callable[[list[np.ndarray]], np.ndarray] = np.stack, max_samples: int = 512
+) -> np.ndarray:
+    """Average the pictures of each view over training samples spread evenly over the dataset.
+
+    Args:
+        dataset: what is trained on.
+        prepare: V pictures (H, W, 3) uint8 to one array (V, H', W', 3), as the processor resizes them. Pictures of one size
+            need none.
+        max_samples: samples that the mean is taken over, at most.
+
+    Returns:
+        (V, H', W', 3) uint8.
+    """
+    indices = np.linspace(0, len(dataset) - 1, min(max_samples, len(dataset))).round().astype(int)
+    total = sum(np.asarray(prepare(dataset[int(i)].images), np.float64) for i in indices)
+    return np.rint(total / len(indices)).astype(np.uint8)
+
+
+def _views(views: list[ViewLike] | None, info: DatasetInfo) -> list[ViewLike]:
+    if not info.cameras:
+        raise ValueError(f"{info.name}: has no camera; a policy that looks needs at least one.")
+    return [CameraView(name) for name in info.cameras[:2]] if views is None else views
+
+
+def _draw(indices: list[int], fraction: float, generator: np.random.Generator) -> list[int]:
+    """Draw a share of the indices, at least one and never all of them."""
+    count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+    return generator.permutation(indices)[:count].tolist()

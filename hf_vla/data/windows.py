@@ -1,0 +1,175 @@
+"""Samples cut from a dataset: an observation's pictures and state, and the chunk of actions that follows it.
+
+Letters: V views, T chunk length, S state dims, A action dims, n samples asked for.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from hf_vla.data import columns
+from hf_vla.data.frames import EmbeddedFrames
+from hf_vla.data.lerobot_format import DatasetInfo, Episode
+from hf_vla.sample import ACTION, STATE, Sample
+
+
+class ViewLike(Protocol):
+    """One image of the pair, as `hf_vla.recipe.View` has it."""
+
+    camera: str
+    offset: int | Literal["goal"]
+
+
+class Window(NamedTuple):
+    """Samples without their pictures."""
+
+    state: np.ndarray
+    """(n, S) float32."""
+    actions: np.ndarray
+    """(n, T, A) float32; past the end of the episode its last action is repeated."""
+    action_is_pad: np.ndarray
+    """(n, T) bool."""
+
+
+class WindowDataset(Dataset):
+    """One sample for every frame of the chosen episodes; windows cross no episode.
+
+    Numbers are held in memory, pictures are read and decoded when asked for. It can be pickled, and forked into workers.
+
+    Args:
+        info: the opened dataset.
+        views: images of an observation, in the recipe's order; each has a `camera` and an `offset`: frames from now, 0 or
+            less and clamped to the episode's start, or `goal`, the episode's last frame.
+        chunk_size: actions of a sample, T.
+        episodes: indices of the episodes to use; None takes all.
+
+    Raises:
+        ValueError: for an unknown camera or episode, an offset into the future, or numbers that aren't finite.
+    """
+
+    def __init__(
+        self, info: DatasetInfo, views: Sequence[ViewLike], chunk_size: int, episodes: Sequence[int] | None = None
+    ):
+        self.info = info
+        self.views = [_check_view(view, info) for view in views]
+        self.chunk_size = chunk_size
+        self.episodes = _choose(info, episodes)
+        self._ends = np.cumsum([episode.length for episode in self.episodes])
+        self._starts = self._ends - [episode.length for episode in self.episodes]
+        self._states = self._rows(STATE).astype(np.float32)
+        self._actions = self._rows(ACTION).astype(np.float32)
+        self._tasks = self._task_texts()
+        self._frames = {view.camera: _open_frames(info, view.camera) for view in self.views}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Sample:
+        episode, frame = self.locate(i)
+        window = self.windows([i])
+        return Sample(
+            images=[self._frames[view.camera].read(episode, _frame_of(view, frame, episode)) for view in self.views],
+            state=window.state[0],
+            actions=window.actions[0],
+            action_is_pad=window.action_is_pad[0],
+            task=self.task(i),
+            episode_index=episode.index,
+            frame_index=frame,
+            source=self.info.name,
+        )
+
+    def locate(self, i: int) -> tuple[Episode, int]:
+        """Say which episode sample `i` is from, and at which of its frames."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"Sample {i} of {len(self)}.")
+        position = int(np.searchsorted(self._ends, i, side="right"))
+        return self.episodes[position], int(i - self._starts[position])
+
+    def task(self, i: int) -> str:
+        """Give the instruction of sample `i`."""
+        return self._tasks[i]
+
+    def windows(self, indices: Sequence[int]) -> Window:
+        """Cut states and action chunks of many samples at once, without their pictures."""
+        indices = np.asarray(indices)
+        ends = self._ends[np.searchsorted(self._ends, indices, side="right")]
+        wanted = indices[:, None] + np.arange(self.chunk_size)
+        rows = np.minimum(wanted, ends[:, None] - 1)
+        return Window(self._states[indices], self._actions[rows], wanted >= ends[:, None])
+
+    def _rows(self, key: str) -> np.ndarray:
+        """Read a column over the chosen episodes, one after the other, as (rows, D)."""
+        parts = [columns.matrix(self.info.table, key, e.first_row, e.length) for e in self.episodes]
+        for episode, part in zip(self.episodes, parts, strict=True):
+            if not np.isfinite(part).all():
+                raise ValueError(
+                    f"{self.info.root / episode.file}: {key} of episode {episode.index} has values that aren't finite, the "
+                    f"first at frame {int(np.argmin(np.isfinite(part).all(1)))}. Repair the episode, or leave it out."
+                )
+        return np.concatenate(parts)
+
+    def _task_texts(self) -> list[str]:
+        if "task_index" not in self.info.table.column_names:
+            return [_only_task(self.info, episode) for episode in self.episodes for _ in range(episode.length)]
+        indices = self._rows("task_index")[:, 0].tolist()
+        unknown = set(indices) - set(self.info.tasks)
+        if unknown:
+            episode, frame = self.locate(next(i for i, task in enumerate(indices) if task in unknown))
+            raise ValueError(
+                f"{self.info.root / episode.file}: episode {episode.index}, frame {frame} has task_index {min(unknown)}, "
+                f"and meta/ has no text for it; it has {sorted(self.info.tasks)}."
+            )
+        return [self.info.tasks[index] for index in indices]
+
+
+def _check_view(view: ViewLike, info: DatasetInfo) -> ViewLike:
+    if view.camera not in info.cameras:
+        near = difflib.get_close_matches(view.camera, info.cameras, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"data.views: {info.name} has no camera {view.camera!r}; it has {', '.join(info.cameras) or 'none'}.{hint}"
+        )
+    if view.offset != "goal" and view.offset > 0:
+        raise ValueError(
+            f"data.views: offset {view.offset} of camera {view.camera!r} lies in the future, which a policy can't see; "
+            "give 0, a negative number of frames, or 'goal'."
+        )
+    return view
+
+
+def _choose(info: DatasetInfo, indices: Sequence[int] | None) -> list[Episode]:
+    if indices is None:
+        return list(info.episodes)
+    by_index = {episode.index: episode for episode in info.episodes}
+    absent = [index for index in indices if index not in by_index]
+    if absent or not len(indices):
+        raise ValueError(
+            f"{info.name}: no episode {absent or 'was chosen'}; its {len(by_index)} episodes run from {min(by_index)} "
+            f"to {max(by_index)}."
+        )
+    return [by_index[index] for index in indices]
+
+
+def _open_frames(info: DatasetInfo, camera: str):
+    if camera not in info.episodes[0].videos:
+        return EmbeddedFrames(info, camera)
+    try:
+        from hf_vla.data.video import VideoFrames
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Camera {camera!r} of {info.name} is stored as video, which PyAV reads: pip install 'hf-vla[video]'."
+        ) from error
+    return VideoFrames(info, camera)
+
+
+def _frame_of(view: ViewLike, frame: int, episode: Episode) -> int:
+    return episode.length - 1 if view.offset == "goal" else max(0, frame + view.offset)
+
+
+def _only_task(info: DatasetInfo, episode: Episode) -> str:
+    if not episode.tasks:
+        raise ValueError(f"{info.root}: episode {episode.index} has no instruction, neither in its rows nor in meta/.")
+    return episode.tasks[0]
