@@ -213,8 +213,8 @@ def _read_stats(stats: dict | None) -> dict[str, Stats]:
     missing = [key for key in (STATE, ACTION) if key not in (stats or {})]
     if missing:
         raise ValueError(
-            f"VLAProcessor needs the statistics of {' and '.join(missing)}: pass stats as the dataset's meta/stats.json holds "
-            "them, or load the processor that was saved with the model."
+            f"VLAProcessor needs the statistics of {' and '.join(missing)}: pass stats as the dataset's meta/stats.json "
+            "holds them, or load the processor that was saved with the model."
         )
     return {key: Stats.from_dict(stats[key], key) for key in (STATE, ACTION)}
 
