@@ -1,0 +1,17 @@
+"""Backbones and tokenizer, from released weights or from a config alone.
+
+A source is a Hub id, a folder, a file (VGGT only), or a dict of config keys for random weights.
+"""
+
+from .decoder import lang_encoder_config, load_lang_encoder
+from .tokenizer import byte_tokenizer, load_tokenizer
+from .vggt import load_vggt, vggt_config
+
+__all__ = [
+    "byte_tokenizer",
+    "lang_encoder_config",
+    "load_lang_encoder",
+    "load_tokenizer",
+    "load_vggt",
+    "vggt_config",
+]
