@@ -46,6 +46,11 @@ class WindowDataset(Dataset):
         chunk_size: actions of a sample, T.
         episodes: indices of the episodes to use; None takes all.
 
+    Attributes:
+        states: (n, S) float32, the state of every sample.
+        actions: (n, A) float32, the first action of every sample.
+        tasks: the instruction of every sample.
+
     Raises:
         ValueError: for an unknown camera or episode, an offset into the future, or numbers that aren't finite.
     """
@@ -59,9 +64,9 @@ class WindowDataset(Dataset):
         self.episodes = _choose(info, episodes)
         self._ends = np.cumsum([episode.length for episode in self.episodes])
         self._starts = self._ends - [episode.length for episode in self.episodes]
-        self._states = self._rows(STATE).astype(np.float32)
-        self._actions = self._rows(ACTION).astype(np.float32)
-        self._tasks = self._task_texts()
+        self.states = self._rows(STATE).astype(np.float32)
+        self.actions = self._rows(ACTION).astype(np.float32)
+        self.tasks = self._task_texts()
         self._frames = {view.camera: _open_frames(info, view.camera) for view in self.views}
 
     def __len__(self) -> int:
@@ -75,7 +80,7 @@ class WindowDataset(Dataset):
             state=window.state[0],
             actions=window.actions[0],
             action_is_pad=window.action_is_pad[0],
-            task=self.task(i),
+            task=self.tasks[i],
             episode_index=episode.index,
             frame_index=frame,
             source=self.info.name,
@@ -88,17 +93,13 @@ class WindowDataset(Dataset):
         position = int(np.searchsorted(self._ends, i, side="right"))
         return self.episodes[position], int(i - self._starts[position])
 
-    def task(self, i: int) -> str:
-        """Give the instruction of sample `i`."""
-        return self._tasks[i]
-
     def windows(self, indices: Sequence[int]) -> Window:
         """Cut states and action chunks of many samples at once, without their pictures."""
         indices = np.asarray(indices)
         ends = self._ends[np.searchsorted(self._ends, indices, side="right")]
         wanted = indices[:, None] + np.arange(self.chunk_size)
         rows = np.minimum(wanted, ends[:, None] - 1)
-        return Window(self._states[indices], self._actions[rows], wanted >= ends[:, None])
+        return Window(self.states[indices], self.actions[rows], wanted >= ends[:, None])
 
     def _rows(self, key: str) -> np.ndarray:
         """Read a column over the chosen episodes, one after the other, as (rows, D)."""
