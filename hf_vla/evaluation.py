@@ -1,7 +1,7 @@
 """How good is the policy of a run: action errors on held-out episodes, and closed-loop rollouts beside their controls.
 
-A rollout's success says little alone, so each is set beside what chance, the expert, the same policy without its pictures and
-the same policy with another task's instruction achieve from the same start positions.
+A rollout's success says little alone, so each is set beside what chance, the expert, the same policy without its pictures
+and the same policy with another task's instruction achieve from the same start positions.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """In-step recovery from out-of-memory: the same samples and random draws, in smaller pieces, at the same effective batch.
 
 An optimizer step is a list of micro-steps (gradient accumulation). When one of them doesn't fit, what it left in the
-gradients is worthless, so the whole optimizer step runs again from its first micro-step, each batch cut into pieces. The loss
-is a sum over entries divided by the step's own count, so pieces add up to the batch; random numbers are drawn for the whole
-batch and each piece takes its rows, so a piece sees what it would have seen.
+gradients is worthless, so the whole optimizer step runs again from its first micro-step, each batch cut into pieces. The
+loss is a sum over entries divided by the step's own count, so pieces add up to the batch; random numbers are drawn for
+the whole batch and each piece takes its rows, so a piece sees what it would have seen.
 
 Letters: R rows (samples) of a batch.
 """
@@ -40,7 +40,6 @@ class MicroBatcher:
 
     Args:
         model: the model whose dropout must draw alike in pieces.
-        step: runs forward and backward of one piece and returns its loss, already divided by the step's count.
         batch_size: rows R of a whole batch.
         size: rows that go through at once; found by recovery, kept in checkpoints.
         rungs: what to try when a single row doesn't fit, in order: (name, action) pairs.
@@ -49,7 +48,6 @@ class MicroBatcher:
     """
 
     model: nn.Module
-    step: Callable[[Batch], Tensor]
     batch_size: int
     size: int | None = None
     rungs: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
@@ -63,17 +61,21 @@ class MicroBatcher:
         self._history: list[MicroStep] = []
         self._clean_steps = 0
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, step: Callable[[Batch], Tensor]) -> Tensor:
         """Run one micro-step; where it doesn't fit, run the optimizer step again so far, smaller.
+
+        Args:
+            batch: the micro-step's samples, with the head's draws for all of them.
+            step: runs forward and backward of a piece and returns its loss, already divided by the step's count.
 
         Returns:
             The micro-step's loss. Once `exhausted`, zero: not even one row fits, and the caller ends the run.
         """
         self._history.append(MicroStep(batch, _generator_states()))
-        loss = self._attempt(self._history[-1:])
+        loss = self._attempt(self._history[-1:], step)
         while loss is None and self._shrink():
             self._forget_attempt()
-            loss = self._attempt(self._history)
+            loss = self._attempt(self._history, step)
         return batch["actions"].new_zeros(()) if loss is None else loss
 
     def finish_step(self) -> None:
@@ -93,30 +95,30 @@ class MicroBatcher:
                 size, "micro_batch_agreed", f"Another rank ran out of memory: pieces of {size} here too."
             )
 
-    def _attempt(self, micro_steps: list[MicroStep]) -> Tensor | None:
+    def _attempt(self, micro_steps: list[MicroStep], step: Callable[[Batch], Tensor]) -> Tensor | None:
         """Run micro-steps and return the last one's loss; None if memory ran out.
 
         The handler is left before anything is freed or tried again: a traceback keeps the failed step's tensors alive.
         """
         try:
             for micro_step in micro_steps:
-                loss = self._run_in_pieces(micro_step)
+                loss = self._run_in_pieces(micro_step, step)
             return loss
         except torch.OutOfMemoryError:
             pass
         return None
 
-    def _run_in_pieces(self, micro_step: MicroStep) -> Tensor:
+    def _run_in_pieces(self, micro_step: MicroStep, step: Callable[[Batch], Tensor]) -> Tensor:
         rows = _count_rows(micro_step.batch)
         if rows <= self.size:
             _set_generator_states(micro_step.generators)
-            return self.step(micro_step.batch)
+            return step(micro_step.batch)
         loss = micro_step.batch["actions"].new_zeros(())
         for start in range(0, rows, self.size):
             _set_generator_states(micro_step.generators)
             piece = slice(start, min(start + self.size, rows))
             with draws_of_whole_batch(self.model, piece, rows):
-                loss = loss + self.step(_take_rows(micro_step.batch, piece, rows))
+                loss = loss + step(_take_rows(micro_step.batch, piece, rows))
         return loss
 
     def _shrink(self) -> bool:
@@ -171,6 +173,28 @@ def _dropout_rows(module: nn.Dropout, piece: slice, rows: int, x: Tensor) -> Ten
     per_row = x.shape[0] // (piece.stop - piece.start)  # VGGT's frame blocks see a row's views as rows of their own
     whole = F.dropout(x.new_ones(rows * per_row, *x.shape[1:]), module.p)
     return x * whole[piece.start * per_row : piece.stop * per_row]
+
+
+def halves(step: Callable[[Batch], Tensor], batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Run `step` on a batch; where it doesn't fit, on its halves, and so on down to one sample.
+
+    Returns:
+        (result, count of valid action steps) of each part that ran.
+
+    Raises:
+        torch.OutOfMemoryError: if a single sample doesn't fit.
+    """
+    rows = _count_rows(batch)
+    try:
+        return [(step(batch), (~batch["action_is_pad"]).sum())]
+    except torch.OutOfMemoryError:
+        if rows == 1:
+            raise
+    return [
+        result
+        for part in (slice(0, rows // 2), slice(rows // 2, rows))
+        for result in halves(step, _take_rows(batch, part, rows))
+    ]
 
 
 def _take_rows(batch: Batch, piece: slice, rows: int) -> Batch:

@@ -1,7 +1,7 @@
-"""What the ranks of a data-parallel run tell each other once an optimizer step, so that a rank out of memory leaves none waiting.
+"""What data-parallel ranks tell each other once an optimizer step, so that one out of memory leaves none waiting.
 
-DistributedDataParallel averages gradients while the backward still runs, so a rank that fails there leaves the others in a
-collective for good. Here each rank finishes its micro-steps alone, recovering as it must; then all agree, then they average.
+DistributedDataParallel averages gradients while the backward still runs, so a rank that fails there leaves the others in
+a collective for good. Here each rank finishes its micro-steps alone, recovering as it must; then all agree and average.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ def agree(size: int, exhausted: bool, device: torch.device) -> Agreement:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients of all ranks, in place; a parameter that one rank's samples didn't reach counts as zero there."""
+    """Average the gradients of all ranks, in place; where a rank has none for a parameter, they count as zero."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     pending = []

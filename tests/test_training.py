@@ -1,0 +1,182 @@
+"""Training end to end at tiny size: what moves, what stays, what is saved, and that cutting a run up changes nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_vla.checkpoint import load_checkpoint
+from hf_vla.lora import trained_names
+from hf_vla.policy import Policy
+from hf_vla.recipe import RecipeError
+from hf_vla.train import build_trainer, train
+from tests.tiny_run import SAMPLE, tiny_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def trained_weights(recipe, directory: Path) -> dict[str, torch.Tensor]:
+    trainer = build_trainer(recipe, directory)
+    trainer.train()
+    return weights(trainer.bare_model())
+
+
+def observation(seed: int = 0) -> dict:
+    generator = np.random.default_rng(seed)
+    pictures = {
+        f"observation.images.{camera}": generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        for camera in ("corner2", "gripperPOV")
+    }
+    return {**pictures, "observation.state": np.zeros(4, np.float32), "task": "Rotate the faucet counter-clockwise"}
+
+
+FROZEN = {"freeze_vggt": True, "freeze_lang_encoder": True}
+LORA = {"apply_to": ["lang_encoder", "vggt"], "r": 4, "lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": FROZEN},
+        {"model": {**FROZEN, "dtype": "bfloat16"}, "lora": LORA, "training": {"bf16": True}},
+        {"model": {**FROZEN, "fusion": {"type": "prefix"}}, "lora": LORA},
+    ],
+    ids=["full", "frozen", "lora_bf16", "lora_prefix"],
+)
+def test_what_trains_moves_what_is_frozen_stays_and_what_is_saved_is_what_trained(tmp_path, sections):
+    recipe = tiny_recipe(**sections)
+    trainer = build_trainer(recipe, tmp_path / "run")
+    model = trainer.bare_model()
+    before, trainable = weights(model), trained_names(model)
+    trainer.train()
+    moved = {name for name, tensor in weights(model).items() if not torch.equal(before[name], tensor)}
+    assert moved == trainable
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, _, _ = load_checkpoint(tmp_path / "saved")
+    after = weights(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights(loaded).items())
+
+
+def test_accumulation_follows_the_whole_batch(tmp_path):
+    whole = trained_weights(tiny_recipe(data={"batch_size": 8}), tmp_path / "whole")
+    cut = tiny_recipe(data={"batch_size": 1}, training={"gradient_accumulation_steps": 8})
+    for name, tensor in trained_weights(cut, tmp_path / "cut").items():
+        torch.testing.assert_close(
+            tensor, whole[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_resuming_equals_going_straight(tmp_path):
+    dropout = {"fusion": {"dropout": 0.1}}
+    straight = train(tiny_recipe(model=dropout, training={"max_steps": 4}), tmp_path / "straight")
+    cut = train(tiny_recipe(model=dropout, training={"max_steps": 2, "save_steps": 2}), tmp_path / "cut")
+    train(tiny_recipe(model=dropout, training={"max_steps": 4, "save_steps": 2}), cut, resume=True)
+    a, b = (weights(load_checkpoint(run / "model")[0]) for run in (straight, cut))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_run_directory_says_what_happened(tmp_path):
+    run = train(tiny_recipe(), tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    assert info["steps"] == 2
+    assert info["parameters"]["frozen"] == 0 < info["parameters"]["trained"]
+    assert info["versions"]["torch"] == torch.__version__
+    assert (run / "report.html").is_file()
+    assert json.loads((run / "recipe.json").read_text())["data"]["batch_size"] == 4
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """`accelerate launch` on the released recipe, with tiny checkpoints in the released ones' formats."""
+    folder = tmp_path_factory.mktemp("lora")
+    make = [sys.executable, ROOT / "data_scripts/make_tiny_checkpoint.py", folder / "weights"]
+    subprocess.run(make, check=True, capture_output=True)
+    keys = {
+        "model.vggt": folder / "weights/vggt",
+        "model.lang_encoder": folder / "weights/llama",
+        "data.dataset": SAMPLE,
+        "data.image_size": 28,
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "data.eval_fraction": 0.3,
+        "model.pool_grid": 2,
+        "model.chunk_size": 4,
+        "model.fusion.hidden_size": 32,
+        "model.head.hidden_size": 32,
+        "memory.budget": "null",
+        "training.max_steps": 2,
+        "training.save_steps": 2,
+    }
+    overrides = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = [ROOT / "hf_vla/train.py", ROOT / "recipes/lora.json", "--output", folder / "run", *overrides]
+    done = subprocess.run([sys.executable, *launch, *plain, *script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_the_released_recipe_trains_and_saves_an_adapter(lora_run):
+    saved = {path.name for path in (lora_run / "model").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "config.json"} <= saved
+    assert "model.safetensors" not in saved
+    assert json.loads((lora_run / "run.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_new_process_predicts_the_same_action(lora_run):
+    code = (
+        "from hf_vla.policy import Policy; from tests.test_training import observation; import sys;"
+        f"sys.stdout.buffer.write(Policy.from_pretrained({str(lora_run / 'model')!r}).predict_action_chunk(observation()).tobytes())"
+    )
+    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
+    here = Policy.from_pretrained(lora_run / "model").predict_action_chunk(observation())
+    assert here.tobytes() == there
+
+
+def test_changing_either_picture_changes_the_action(tmp_path):
+    run = train(tiny_recipe(), tmp_path / "run")
+    policy = Policy.from_pretrained(run / "model")
+    seen, other = observation(0), observation(1)
+    before = policy.predict_action_chunk(seen)
+    for camera in ("corner2", "gripperPOV"):
+        key = f"observation.images.{camera}"
+        assert not np.array_equal(before, policy.predict_action_chunk({**seen, key: other[key]}))
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(tiny_recipe(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "words"),
+    [
+        ({"data": {"dataset": "nowhere/at_all/x"}}, FileNotFoundError, "no folder"),
+        ({"data": {"dataset": None}}, ValueError, "data.dataset isn't set"),
+        ({"data": {"views": ["corner2", "wrist"]}}, ValueError, "no camera 'wrist'"),
+        ({"training": {"bf16": False, "fp16": True}}, RecipeError, "there is no GPU"),
+        ({"memory": {"gpus": 2}}, RecipeError, "2 processes were asked for"),
+        ({"training": {"save_strategy": "sometimes"}}, RecipeError, "sometimes"),
+        ({"model": {"vggt": "no/such/weights.safetensors"}}, FileNotFoundError, "no/such"),
+    ],
+)
+def test_what_cant_run_is_said_and_nothing_is_written(tmp_path, sections, error, words):
+    if words == "there is no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU, so fp16 runs")
+    with pytest.raises(error, match=words):
+        train(tiny_recipe(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

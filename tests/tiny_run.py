@@ -1,0 +1,57 @@
+"""A run small enough for tests: the tiny shapes, on the committed sample."""
+
+from pathlib import Path
+
+from hf_vla.recipe import Recipe, make_recipe
+
+SAMPLE = Path(__file__).parent / "data/metaworld_sample"
+
+TINY_VGGT = {"img_size": 28, "embed_dim": 32, "depth": 1, "num_heads": 2, "encoder_depth": 1, "encoder_num_heads": 2}
+TINY_LLAMA = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def tiny_recipe(**sections) -> Recipe:
+    """A recipe of random-init tiny parts that trains for two steps; keyword sections are merged over it, key by key."""
+    raw = {
+        "model": {
+            "vggt": TINY_VGGT,
+            "lang_encoder": TINY_LLAMA,
+            "freeze_vggt": False,
+            "freeze_lang_encoder": False,
+            "dtype": "float32",
+            "fusion": {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
+            "head": {"hidden_size": 32, "num_layers": 1},
+            "pool_grid": 2,
+            "chunk_size": 4,
+        },
+        "data": {
+            "dataset": str(SAMPLE),
+            "batch_size": 4,
+            "image_size": 28,
+            "eval_fraction": 0.3,
+            "num_workers": 0,
+            "normalization": "mean_std",
+        },
+        "training": {
+            "max_steps": 2,
+            "bf16": False,
+            "use_cpu": True,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "learning_rate": 1e-3,
+            "report_to": [],
+            "disable_tqdm": True,
+        },
+    }
+    for section, values in sections.items():
+        for key, value in values.items():
+            old = raw.setdefault(section, {}).get(key)
+            merge = isinstance(old, dict) and key not in ("vggt", "lang_encoder")
+            raw[section][key] = {**old, **value} if merge else value
+    return make_recipe(raw)
