@@ -11,6 +11,7 @@ import pytest
 import torch
 from lerobot_folders import LENGTHS, SIZE, TASKS, colour, encode, task_of, write_v2, write_v3
 
+from hf_vla.data.frames import EmbeddedFrames
 from hf_vla.data.lerobot_format import open_dataset
 from hf_vla.data.windows import WindowDataset
 
@@ -88,7 +89,7 @@ def test_windows_are_the_samples_without_pictures(info):
             np.testing.assert_array_equal(values[row], getattr(dataset[i], name))
 
 
-def test_it_survives_pickling_and_forked_and_spawned_workers(info):
+def test_it_survives_pickling_and_forked_workers(info):
     dataset = WindowDataset(info, PAIR, 2)
     expected = [pixel(dataset[i].images[1]) for i in range(len(dataset))]
     copy = pickle.loads(pickle.dumps(dataset))
@@ -103,7 +104,26 @@ def test_it_survives_pickling_and_forked_and_spawned_workers(info):
     assert [pixel(sample.images[1]) for batch in loader for sample in batch] == expected
 
 
-def test_pictures_outside_the_range_are_refused_like_a_list_would(info):
+def test_cached_pictures_are_the_same_and_decoded_once_as_long_as_there_is_room(info, monkeypatch):
+    decoded = []
+    read = EmbeddedFrames.read
+    monkeypatch.setattr(EmbeddedFrames, "read", lambda *args: decoded.append(args[1:]) or read(*args))
+    picture_bytes = SIZE * SIZE * 3
+    dataset = WindowDataset(info, PAIR, 2, cache_bytes=2 * 10 * picture_bytes + 1)
+    first = [[pixel(image) for image in dataset[i].images] for i in range(len(dataset))]
+    assert len(decoded) == 2 * len(dataset)
+    decoded.clear()
+    assert [[pixel(image) for image in dataset[i].images] for i in range(len(dataset))] == first
+    assert len(decoded) == 2 * (len(dataset) - 10)
+    decoded.clear()
+    with pytest.raises(ValueError, match="read-only"):
+        dataset[0].images[0][0] = 0
+    assert len(pickle.dumps(dataset)) < len(pickle.dumps(WindowDataset(info, PAIR, 2))) + 1000
+    pickle.loads(pickle.dumps(dataset))[0]
+    assert len(decoded) == 2
+
+
+def test_an_index_past_the_end_is_an_index_error_so_that_a_loop_ends(info):
     dataset = WindowDataset(info, PAIR, 2)
     with pytest.raises(IndexError):
         dataset[len(dataset)]

@@ -1,11 +1,48 @@
-"""Pictures that are embedded in the rows of a table, decoded one at a time."""
+"""Pictures that are embedded in the rows of a table, decoded one at a time; and pictures kept once they are decoded."""
 
 import io
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
+
+
+class Frames(Protocol):
+    """One camera of a dataset."""
+
+    def read(self, episode: Episode, frame: int) -> np.ndarray:
+        """Give the picture of one frame as (H, W, 3) uint8 RGB."""
+
+
+class CachedFrames:
+    """One camera of a dataset whose pictures are kept in memory as they are decoded, as long as there is room.
+
+    None makes room for another: in random order, each is as likely to be wanted next. A pickled copy starts empty, so that a
+    dataset is as small to send as one that has read nothing.
+    """
+
+    def __init__(self, frames: Frames, max_bytes: int):
+        self._frames = frames
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._kept: dict[int, np.ndarray] = {}
+
+    def read(self, episode: Episode, frame: int) -> np.ndarray:
+        """Give the picture of one frame as (H, W, 3) uint8 RGB, read-only since others will be given the same."""
+        row = episode.first_row + frame
+        if row in self._kept:
+            return self._kept[row]
+        picture = self._frames.read(episode, frame)
+        picture.flags.writeable = False
+        if self._bytes + picture.nbytes <= self._max_bytes:
+            self._bytes += picture.nbytes
+            self._kept[row] = picture
+        return picture
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": {}, "_bytes": 0}
 
 
 class EmbeddedFrames:

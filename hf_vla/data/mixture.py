@@ -20,13 +20,16 @@ class CameraView(NamedTuple):
     offset: int | Literal["goal"] = 0
 
 
-def build_datasets(data: Any, chunk_size: int, seed: int) -> tuple[WindowDataset, WindowDataset | None]:
+def build_datasets(
+    data: Any, chunk_size: int, seed: int, cache_bytes: int = 0
+) -> tuple[WindowDataset, WindowDataset | None]:
     """Open what a recipe's data section names, and hold episodes out of it.
 
     Args:
         data: `hf_vla.recipe.Data`: `dataset`, `revision`, `views` and `eval_fraction` are read.
         chunk_size: actions of a sample, T.
         seed: chooses the episodes held out.
+        cache_bytes: memory for decoded training pictures, in each process that reads; 0 decodes each anew.
 
     Returns:
         The training set, and the held-out set, None where nothing is held out.
@@ -46,7 +49,7 @@ def build_datasets(data: Any, chunk_size: int, seed: int) -> tuple[WindowDataset
     if data.eval_fraction > 0 and not held_out:
         logger.warning("%s: nothing is held out, since it has one episode.", info.name)
     eval_dataset = WindowDataset(info, views, chunk_size, held_out) if held_out else None
-    return WindowDataset(info, views, chunk_size, train), eval_dataset
+    return WindowDataset(info, views, chunk_size, train, cache_bytes), eval_dataset
 
 
 def split_episodes(episodes: tuple[Episode, ...], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from hf_vla.data import columns
-from hf_vla.data.frames import EmbeddedFrames
+from hf_vla.data.frames import CachedFrames, EmbeddedFrames, Frames
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
 from hf_vla.sample import ACTION, STATE, Sample
 
@@ -45,6 +45,7 @@ class WindowDataset(Dataset):
             less and clamped to the episode's start, or `goal`, the episode's last frame.
         chunk_size: actions of a sample, T.
         episodes: indices of the episodes to use; None takes all.
+        cache_bytes: memory for decoded pictures, in each process that reads; 0 decodes each anew.
 
     Attributes:
         states: (n, S) float32, the state of every sample.
@@ -56,7 +57,12 @@ class WindowDataset(Dataset):
     """
 
     def __init__(
-        self, info: DatasetInfo, views: Sequence[ViewLike], chunk_size: int, episodes: Sequence[int] | None = None
+        self,
+        info: DatasetInfo,
+        views: Sequence[ViewLike],
+        chunk_size: int,
+        episodes: Sequence[int] | None = None,
+        cache_bytes: int = 0,
     ):
         self.info = info
         self.views = [_check_view(view, info) for view in views]
@@ -67,7 +73,8 @@ class WindowDataset(Dataset):
         self.states = self._rows(STATE).astype(np.float32)
         self.actions = self._rows(ACTION).astype(np.float32)
         self.tasks = self._task_texts()
-        self._frames = {view.camera: _open_frames(info, view.camera) for view in self.views}
+        cameras = {view.camera for view in self.views}
+        self._frames = {name: _open_frames(info, name, cache_bytes // len(cameras)) for name in cameras}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -154,9 +161,12 @@ def _choose(info: DatasetInfo, indices: Sequence[int] | None) -> list[Episode]:
     return [by_index[index] for index in indices]
 
 
-def _open_frames(info: DatasetInfo, camera: str):
-    if camera not in info.episodes[0].videos:
-        return EmbeddedFrames(info, camera)
+def _open_frames(info: DatasetInfo, camera: str, cache_bytes: int) -> Frames:
+    frames = _open_video(info, camera) if camera in info.episodes[0].videos else EmbeddedFrames(info, camera)
+    return CachedFrames(frames, cache_bytes) if cache_bytes else frames
+
+
+def _open_video(info: DatasetInfo, camera: str) -> Frames:
     try:
         from hf_vla.data.video import VideoFrames
     except ModuleNotFoundError as error:

@@ -1,0 +1,80 @@
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hf_vla.data.lerobot_format import open_dataset
+from hf_vla.data.lerobot_writer import LeRobotWriter, image_feature, vector_feature
+from hf_vla.data.windows import WindowDataset
+
+SIZE, FPS, LENGTHS = 64, 10, (9, 14, 6)
+
+
+def grey(episode, frame):
+    """A level of its own for every frame, 7 apart, so that a lossy codec can't mistake one for another."""
+    return (sum(LENGTHS[:episode]) + frame) * 7 + 20
+
+
+@pytest.fixture(scope="module", params=["h264", "av1"])
+def info(request, tmp_path_factory):
+    """Three episodes, of which the video holds every frame one after the other in one file."""
+    root = tmp_path_factory.mktemp("data") / request.param
+    features = {
+        "observation.images.top": image_feature(SIZE, SIZE, "video"),
+        "observation.state": vector_feature(["a"]),
+        "action": vector_feature(["a"]),
+    }
+    with LeRobotWriter(root, FPS, features, video_codec=request.param) as writer:
+        for episode, length in enumerate(LENGTHS):
+            numbers = np.arange(length, dtype=np.float32)[:, None]
+            pictures = [np.full((SIZE, SIZE, 3), grey(episode, f), np.uint8) for f in range(length)]
+            writer.add_episode(
+                {"observation.images.top": pictures, "observation.state": numbers, "action": numbers}, task="look"
+            )
+        writer.finish()
+    return open_dataset(root)
+
+
+def open_windows(info, episodes=None):
+    return WindowDataset(info, [SimpleNamespace(camera="top", offset=0)], 2, episodes)
+
+
+def episode_and_frame(image):
+    level = float(image.mean())
+    return min(((e, f) for e, n in enumerate(LENGTHS) for f in range(n)), key=lambda ef: abs(grey(*ef) - level))
+
+
+def test_a_shared_file_gives_each_episode_its_own_frames_in_any_order(info):
+    assert len({span.file for episode in info.episodes for span in episode.videos.values()}) == 1
+    dataset = open_windows(info)
+    for i in [*range(len(dataset)), *np.random.default_rng(0).permutation(len(dataset))]:
+        sample = dataset[int(i)]
+        assert sample.images[0].shape == (SIZE, SIZE, 3)
+        assert episode_and_frame(sample.images[0]) == (sample.episode_index, sample.frame_index)
+
+
+def test_an_open_file_is_not_pickled(info):
+    dataset = open_windows(info)
+    dataset[5]
+    copy = pickle.loads(pickle.dumps(dataset))
+    np.testing.assert_array_equal(copy[20].images[0], dataset[20].images[0])
+
+
+def test_a_video_that_ends_too_early_names_file_episode_and_time(info, monkeypatch):
+    dataset = open_windows(info, episodes=[2])
+    frames = dataset._frames["top"]
+    monkeypatch.setattr(frames, "_timestamps", frames._timestamps + 1.0)
+    with pytest.raises(ValueError, match=r"file-000\.mp4: no picture for episode 2, frame 4, at 3\.700 s"):
+        dataset[4]
+
+
+def test_a_cut_video_names_its_file(info, tmp_path, monkeypatch):
+    span = next(iter(info.episodes[0].videos.values()))
+    broken = tmp_path / span.file
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes((info.root / span.file).read_bytes()[:200])
+    dataset = open_windows(info)
+    monkeypatch.setattr(dataset._frames["top"], "_root", tmp_path)
+    with pytest.raises(ValueError, match=r"file-000\.mp4: no picture for episode 0"):
+        dataset[0]
