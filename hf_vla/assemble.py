@@ -58,7 +58,7 @@ def build_config(recipe: Recipe, num_views: int, state_dim: int, action_dim: int
     return VLAConfig(
         vggt_config=weights.vggt_config(model.vggt),
         text_config=weights.lang_encoder_config(model.lang_encoder),
-        fusion_config=dataclasses.asdict(model.fusion),
+        view_fusion_config=dataclasses.asdict(model.fusion),
         head_config=dataclasses.asdict(model.head),
         num_views=num_views,
         state_dim=state_dim,
@@ -76,7 +76,7 @@ def build_model(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
     set_seed(recipe.training["seed"])
     model.model.vggt = weights.load_vggt(recipe.model.vggt, dtype)
     model.model.lang_encoder = weights.load_lang_encoder(recipe.model.lang_encoder, dtype, recipe.model.quantization)
-    model.model.fusion = FUSIONS[config.fusion_config.type](config)
+    model.model.fusion = FUSIONS[config.view_fusion_config.type](config)
     model.head = HEADS[config.head_config.type](config)
     for part in (model.model.fusion, model.head):
         part.apply(model._init_weights)

@@ -9,6 +9,8 @@ from hf_vla.model.configuration_vla import VLAConfig
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
 
+torch.set_num_threads(1)  # threads only wait for each other on models this small
+
 SIDE = 28
 VOCAB = 260
 FUSION_TYPES = ("cross_attention", "gated", "prefix")
@@ -39,7 +41,7 @@ def tiny_config(fusion="cross_attention", head="l1", **kwargs) -> VLAConfig:
     return VLAConfig(
         vggt_config=vggt,
         text_config=text,
-        fusion_config={"hidden_size": 32, "num_layers": 2, "num_heads": 2, **fusion},
+        view_fusion_config={"hidden_size": 32, "num_layers": 2, "num_heads": 2, **fusion},
         head_config={"hidden_size": 32, "num_layers": 1, "num_bins": 16, "num_inference_steps": 4, **head},
         **{"num_views": 2, "state_dim": 3, "action_dim": 4, "chunk_size": 5, "pool_grid": 2, **kwargs},
     )

@@ -138,7 +138,7 @@ class VLAConfig(PreTrainedConfig):
     Args:
         vggt_config: config (or its dict) of the geometry backbone.
         text_config: config (or its dict) of the language backbone, any decoder that `AutoModel` builds.
-        fusion_config: config (or its dict) of the fusion.
+        view_fusion_config: config (or its dict) of the fusion; plain `fusion_config` is transformers' own, for kernels.
         head_config: config (or its dict) of the action head.
         num_views: views of an observation, V.
         state_dim: robot state dimensions, S.
@@ -154,7 +154,7 @@ class VLAConfig(PreTrainedConfig):
     sub_configs = {  # noqa: RUF012 - the name and form that transformers reads
         "vggt_config": VGGTConfig,
         "text_config": AutoConfig,
-        "fusion_config": FusionConfig,
+        "view_fusion_config": FusionConfig,
         "head_config": HeadConfig,
     }
 
@@ -162,7 +162,7 @@ class VLAConfig(PreTrainedConfig):
         self,
         vggt_config: VGGTConfig | dict | None = None,
         text_config: PreTrainedConfig | dict | None = None,
-        fusion_config: FusionConfig | dict | None = None,
+        view_fusion_config: FusionConfig | dict | None = None,
         head_config: HeadConfig | dict | None = None,
         num_views: int = 2,
         state_dim: int = 8,
@@ -175,7 +175,7 @@ class VLAConfig(PreTrainedConfig):
     ):
         self.vggt_config = _sub_config(VGGTConfig, vggt_config)
         self.text_config = _text_config(text_config)
-        self.fusion_config = _sub_config(FusionConfig, fusion_config)
+        self.view_fusion_config = _sub_config(FusionConfig, view_fusion_config)
         self.head_config = _sub_config(HeadConfig, head_config)
         self.num_views = num_views
         self.state_dim = state_dim

@@ -9,15 +9,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .action_heads import HEADS
+from .action_heads import HEADS, DiscreteHead, uniform_levels
 from .configuration_vla import VLAConfig
-from .fusion import FUSIONS
+from .fusion import FUSIONS, pool_patches
 from .modeling_vggt import VGGTModel
 
 
@@ -66,6 +65,8 @@ class VLAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, DiscreteHead):
+            init.copy_(module.levels, uniform_levels(*module.levels.shape))
 
 
 class VLAModel(VLAPreTrainedModel):
@@ -78,12 +79,12 @@ class VLAModel(VLAPreTrainedModel):
         super().__init__(config)
         self.vggt = VGGTModel(config.vggt_config)
         self.lang_encoder = AutoModel.from_config(config.text_config)
-        self.fusion = FUSIONS[config.fusion_config.type](config)
+        self.fusion = FUSIONS[config.view_fusion_config.type](config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return LLaMA's token embedding, or None where LLaMA is left out."""
-        return self.lang_encoder and self.lang_encoder.get_input_embeddings()
+        return None if self.lang_encoder is None else self.lang_encoder.get_input_embeddings()
 
     def forward(
         self,
@@ -94,17 +95,47 @@ class VLAModel(VLAPreTrainedModel):
         input_ids: Tensor | None = None,
         text_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        needs_align: bool = False,
     ) -> VLAModelOutput:
-        """Fuse a batch; the arguments are those of `VLAForActionPrediction.forward`."""
+        """Fuse a batch.
+
+        Args:
+            state, pixel_values, view_features, input_ids, text_features, attention_mask: as
+                `VLAForActionPrediction.forward` takes them.
+            needs_align: whether to compute the alignment loss, if the fusion has one.
+        """
         _check_exactly_one(pixel_values=pixel_values, view_features=view_features)
         _check_exactly_one(input_ids=input_ids, text_features=text_features)
+        mask = _text_mask(text_features if input_ids is None else input_ids, attention_mask)
+        if self.config.view_fusion_config.type == "prefix":
+            return self._fuse_early(pixel_values, view_features, input_ids, mask, state, needs_align)
         if view_features is None:
             view_features = self.encode_views(pixel_values)
-        self._check_views(view_features)
         if text_features is None:
             text_features = self.encode_text(input_ids)
-        mask = _text_mask(text_features, attention_mask)
         return VLAModelOutput(context=self.fusion(view_features, text_features, mask, state))
+
+    def _fuse_early(
+        self,
+        pixel_values: Tensor | None,
+        view_features: Tensor | None,
+        input_ids: Tensor | None,
+        mask: Tensor,
+        state: Tensor,
+        needs_align: bool,
+    ) -> VLAModelOutput:
+        if input_ids is None or self.lang_encoder is None:
+            raise ValueError("In `prefix` LLaMA reads the views too: give input_ids, and keep the language encoder.")
+        target = None
+        if self.fusion.patches is not None:
+            if pixel_values is None:
+                raise ValueError("With align_weight the fusion looks at the pictures themselves: give pixel_values.")
+            target = self.encode_views(pixel_values).detach() if needs_align else None
+            view_features = self.fusion.patches(pixel_values)
+        elif view_features is None:
+            view_features = self.encode_views(pixel_values)
+        context, align_loss = self.fusion(view_features, input_ids, mask, state, self.lang_encoder, target)
+        return VLAModelOutput(context=context, align_loss=align_loss)
 
     def encode_views(self, pixel_values: Tensor) -> Tensor:
         """Run VGGT as far as the configured layer and pool each view's patch tokens.
@@ -119,11 +150,13 @@ class VLAModel(VLAPreTrainedModel):
             ValueError: if VGGT is left out, or the pictures have fewer patches than the grid.
         """
         if self.vggt is None:
-            raise ValueError("This model is without its VGGT: give view_features instead of pixel_values.")
+            raise ValueError("This model is without its VGGT, and can't encode pixel_values: give view_features.")
         with _grad_if_trained(self.vggt):
             tokens = self.vggt(pixel_values, layers=[self.config.vggt_layer])[0]
-            patches = tokens[:, :, self.vggt.num_special_tokens :]
-            return self._pool(patches, pixel_values)
+            patches = tokens[:, :, self.vggt.num_special_tokens :].flatten(0, 1)
+            h, w = (side // self.config.vggt_config.patch_size for side in pixel_values.shape[-2:])
+            grid = patches.transpose(1, 2).unflatten(-1, (h, w))
+            return pool_patches(grid, self.config.pool_grid).unflatten(0, pixel_values.shape[:2])
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """Run LLaMA over text alone.
@@ -138,29 +171,11 @@ class VLAModel(VLAPreTrainedModel):
             (B, L, D): last hidden states, those of padding meaningless.
         """
         if self.lang_encoder is None:
-            raise ValueError("This model is without its language encoder: give text_features instead of input_ids.")
+            raise ValueError(
+                "This model is without its language encoder, and can't encode input_ids: give text_features."
+            )
         with _grad_if_trained(self.lang_encoder):
             return self.lang_encoder(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def _pool(self, patches: Tensor, pixel_values: Tensor) -> Tensor:
-        """Average patch tokens (B, V, P, 2C), row by row, to (B, V, g², 2C)."""
-        h, w = (side // self.config.vggt_config.patch_size for side in pixel_values.shape[-2:])
-        g = self.config.pool_grid
-        if min(h, w) < g:
-            raise ValueError(
-                f"{h} x {w} patches can't be pooled to {g} x {g}: lower pool_grid or enlarge the pictures."
-            )
-        grid = patches.flatten(0, 1).transpose(1, 2).unflatten(-1, (h, w))
-        pooled = F.adaptive_avg_pool2d(grid, g).flatten(2).transpose(1, 2)
-        return pooled.unflatten(0, patches.shape[:2])
-
-    def _check_views(self, view_features: Tensor) -> None:
-        expected = (self.config.num_views, self.config.pool_grid**2, 2 * self.config.vggt_config.embed_dim)
-        if tuple(view_features.shape[1:]) != expected:
-            raise ValueError(
-                f"This model has {expected[0]} views of {expected[1]} tokens of width {expected[2]}; "
-                f"the batch brings {' x '.join(map(str, view_features.shape[1:]))}."
-            )
 
 
 class VLAForActionPrediction(VLAPreTrainedModel):
@@ -220,6 +235,7 @@ class VLAForActionPrediction(VLAPreTrainedModel):
             input_ids=input_ids,
             text_features=text_features,
             attention_mask=attention_mask,
+            needs_align=actions is not None,
         )
         if actions is None:
             return VLAOutput(context=features.context)
@@ -228,43 +244,31 @@ class VLAForActionPrediction(VLAPreTrainedModel):
         if draws is None:
             draws = self.draws(actions, generator)
         loss = self.head(features.context, actions, action_is_pad, draws)
-        count = (~action_is_pad).sum() * self.config.action_dim if num_items_in_batch is None else num_items_in_batch
-        return VLAOutput(loss=loss / count, context=features.context)
+        entries = (~action_is_pad).sum(1) * self.config.action_dim
+        count = entries.sum() if num_items_in_batch is None else num_items_in_batch
+        if features.align_loss is None:
+            return VLAOutput(loss=loss / count, context=features.context)
+        # A sample's alignment weighs as much as its actions do, so that a batch in pieces gives the loss of the whole.
+        align_loss = (features.align_loss * entries).sum() / count
+        loss = loss / count + self.config.view_fusion_config.align_weight * align_loss
+        return VLAOutput(loss=loss, context=features.context, align_loss=align_loss)
 
     def draws(self, actions: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draw everything random that the loss of these actions (B, T, A) needs; each tensor has B rows."""
         return self.head.draws(actions, generator)
 
     @torch.no_grad()
-    def predict_action(
-        self,
-        *,
-        state: Tensor,
-        pixel_values: Tensor | None = None,
-        view_features: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        text_features: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def predict_action(self, *, generator: torch.Generator | None = None, **observation: Tensor) -> Tensor:
         """Predict the chunk of actions of each observation.
 
         Args:
-            state, pixel_values, view_features, input_ids, text_features, attention_mask: as `forward` takes them.
             generator: that a sampling head draws from; None takes torch's own.
+            observation: what `forward` takes, without actions.
 
         Returns:
             (B, T, A) float32, normalised.
         """
-        features = self.model(
-            state=state,
-            pixel_values=pixel_values,
-            view_features=view_features,
-            input_ids=input_ids,
-            text_features=text_features,
-            attention_mask=attention_mask,
-        )
-        return self.head.sample(features.context, generator)
+        return self.head.sample(self.model(**observation).context, generator)
 
 
 def _grad_if_trained(module: nn.Module) -> AbstractContextManager:
