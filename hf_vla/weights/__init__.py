@@ -4,12 +4,14 @@ A source is a Hub id, a folder, a file (VGGT only), or a dict of config keys for
 """
 
 from .decoder import lang_encoder_config, load_lang_encoder
+from .geometry import load_geometry_heads
 from .tokenizer import byte_tokenizer, load_tokenizer
 from .vggt import load_vggt, vggt_config
 
 __all__ = [
     "byte_tokenizer",
     "lang_encoder_config",
+    "load_geometry_heads",
     "load_lang_encoder",
     "load_tokenizer",
     "load_vggt",

@@ -119,9 +119,9 @@ def _keys_of_shapes(shapes: Shapes) -> dict[str, Any]:
     keys = {key: read(shapes[name]) for key, name, read in _KEY_OF_SHAPE if name in shapes}
     if "img_size" in keys:
         keys["img_size"] *= keys.get("patch_size", VGGTConfig().patch_size)
-    if depth := max(_count(shapes, "frame_blocks."), _count(shapes, "global_blocks.")):
+    if depth := max(count_blocks(shapes, "frame_blocks."), count_blocks(shapes, "global_blocks.")):
         keys |= {"depth": depth, "qk_norm": _Q_NORM in shapes}
-    if encoder_depth := _count(shapes, "patch_embed.blocks."):
+    if encoder_depth := count_blocks(shapes, "patch_embed.blocks."):
         keys["encoder_depth"] = encoder_depth
     if "embed_dim" in keys and _Q_NORM in shapes:
         keys["num_heads"] = keys["embed_dim"] // shapes[_Q_NORM][0]
@@ -141,7 +141,7 @@ _KEY_OF_SHAPE = (
 """Config key, the tensor that tells it, and how; img_size is in patches here."""
 
 
-def _count(names: Iterable[str], prefix: str) -> int:
+def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Return how many blocks a stack has, by the highest index, so that a hole in it is seen as missing."""
     indices = [int(name.removeprefix(prefix).partition(".")[0]) for name in names if name.startswith(prefix)]
     return max(indices, default=-1) + 1

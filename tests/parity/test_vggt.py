@@ -1,28 +1,17 @@
 """VGGT gives what its authors' code gives, on every layer; reference numbers in references/vggt_tiny_a."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
+from vggt_fixture import DESCRIPTION, FIXTURE, REFERENCES, TOLERANCE, largest_difference, make_model
 
 from hf_vla.model.configuration_vla import VGGTConfig
 from hf_vla.model.modeling_vggt import VGGTModel, normalize_pixels
 
-REFERENCES = Path(__file__).parents[1] / "references"
-FIXTURE = REFERENCES / "vggt_tiny_a"
-DESCRIPTION = json.loads((FIXTURE / "config.json").read_text())
 CASES = list(DESCRIPTION["cases"])
-TOLERANCE = 1e-4
-
-
-def make_model():
-    model = VGGTModel(VGGTConfig(**DESCRIPTION["aggregator"])).eval()
-    weights = load_file(FIXTURE / "aggregator_weights.safetensors")
-    model.load_state_dict({name.removeprefix("aggregator."): tensor for name, tensor in weights.items()})
-    return model
 
 
 def make_small_model(**changes):
@@ -44,11 +33,6 @@ def pixels():
 @pytest.fixture(scope="module")
 def expected():
     return load_file(FIXTURE / "outputs.safetensors")
-
-
-def largest_difference(ours, theirs):
-    assert ours.shape == theirs.shape
-    return (ours - theirs).abs().max().item()
 
 
 @pytest.mark.parametrize("case", CASES)
