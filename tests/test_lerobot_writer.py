@@ -39,11 +39,11 @@ def make_episode(length, seed, side=16):
 EPISODES = [(make_episode(5, 0), "push"), (make_episode(3, 1), "pull"), (make_episode(4, 2), "push")]
 
 
-def write(root, episodes=EPISODES, storage="image", **settings):
+def write(root, episodes=EPISODES, storage="image", recording=None, **settings):
     with LeRobotWriter(root, FPS, features(storage), robot_type="toy", **settings) as writer:
         for columns, task in episodes:
             writer.add_episode(columns, task)
-        return writer.finish()
+        return writer.finish(recording)
 
 
 def jpeg(picture):

@@ -61,7 +61,6 @@ class LeRobotWriter:
         fps: rows a second.
         features: by key, as `image_feature` and `vector_feature` describe them.
         robot_type: LeRobot's word for which robot it is.
-        recording: how it was recorded, kept as `meta/recording.json` for whoever wants the same scene again.
         video_codec: of cameras that are stored as video, `h264` or `av1`.
         data_files_size_in_mb: a parquet file that has reached it is followed by a new one.
         video_files_size_in_mb: the same for mp4 files.
@@ -77,7 +76,6 @@ class LeRobotWriter:
         fps: int,
         features: Mapping[str, Mapping[str, Any]],
         robot_type: str | None = None,
-        recording: Mapping[str, Any] | None = None,
         video_codec: str = "h264",
         data_files_size_in_mb: int = 100,
         video_files_size_in_mb: int = 200,
@@ -85,7 +83,7 @@ class LeRobotWriter:
         self.root = Path(root)
         if self.root.exists():
             raise FileExistsError(f"{self.root} is already there; remove it, or write the dataset to another folder.")
-        self._fps, self._robot_type, self._recording, self._codec = fps, robot_type, recording, video_codec
+        self._fps, self._robot_type, self._codec = fps, robot_type, video_codec
         self._features = {key: dict(feature) for key, feature in features.items()}
         self._cameras = [key for key, feature in self._features.items() if feature["dtype"] in ("image", "video")]
         self._videos = [key for key in self._cameras if self._features[key]["dtype"] == "video"]
@@ -142,8 +140,11 @@ class LeRobotWriter:
         if len(self._rows) >= _EPISODES_BUFFERED:
             self._flush_episodes()
 
-    def finish(self) -> Path:
+    def finish(self, recording: Mapping[str, Any] | None = None) -> Path:
         """Write the metadata, put the folder in its place, and return it.
+
+        Args:
+            recording: how it was recorded, kept as `meta/recording.json` for whoever wants the same scene again.
 
         Raises:
             ValueError: where no episode was added.
@@ -157,8 +158,8 @@ class LeRobotWriter:
         tasks.to_parquet(meta / "tasks.parquet")
         _write_json(meta / "stats.json", self._dataset_stats())
         _write_json(meta / "info.json", self._info())
-        if self._recording is not None:
-            _write_json(meta / "recording.json", self._recording)
+        if recording is not None:
+            _write_json(meta / "recording.json", recording)
         if self.root.exists():
             raise FileExistsError(f"{self.root} has appeared meanwhile; the recording was not put in its place.")
         self._partial.rename(self.root)

@@ -34,13 +34,13 @@ def hold_still(train: WindowDataset, held_out: WindowDataset, indices: np.ndarra
 def commands_position(train: WindowDataset) -> np.ndarray:
     """Tell which action dimensions command a position, (A,) bool.
 
-    Datasets don't say. A dimension does where state and action have the same layout, and the training actions lie nearer
-    to the state than to zero: so the baseline is the stronger of the two.
+    Datasets don't say. A dimension does where state and action have the same layout, and the training actions lie at least
+    twice as near to the state as to zero; a change that happens to resemble the state doesn't come so near.
     """
     states, actions = train.states, train.actions
     if states.shape[1] != actions.shape[1]:
         return np.zeros(actions.shape[1], bool)
-    return np.abs(actions - states).mean(0) < np.abs(actions).mean(0)
+    return 2 * np.abs(actions - states).mean(0) < np.abs(actions).mean(0)
 
 
 def nearest_state(train: WindowDataset, held_out: WindowDataset, indices: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ MUJOCO_GL once, on import: `egl` draws on a GPU or in software, `osmesa` in soft
 two that works is taken.
 """
 
+import atexit
 import difflib
 import os
 import sys
@@ -109,6 +110,9 @@ class MetaWorldEnv:
         mujoco = self._mujoco
         if self._renderer is None:
             self._renderer = _make_renderer(mujoco, self._env.model, self._image_size)
+            atexit.register(
+                self.close
+            )  # MuJoCo ends EGL at exit, and only contexts closed before that close in silence
         self._renderer.update_scene(self._env.data, camera=camera, scene_option=self._visible)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -147,10 +151,11 @@ class MetaWorldEnv:
         return np.clip(self._expert.get_action(informed), -1, 1).astype(np.float32)
 
     def close(self) -> None:
-        """Give back the drawing context; without it EGL complains when the process ends."""
+        """Give back the drawing context; the next look makes a new one."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+            atexit.unregister(self.close)
 
 
 def instruction_of(task: str) -> str:
