@@ -1,0 +1,186 @@
+"""Measured memory against planned, every step of a training: to the logger, to `memory.jsonl`, to the run's events.
+
+Reading the allocator's counters doesn't wait for the GPU. To see what lies in memory, `touch RUN/memory_snapshot`: the next
+whole step is recorded into `RUN/memory_snapshot_<step>.pickle`, which https://pytorch.org/memory_viz opens.
+"""
+
+import json
+import logging
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import TrainerCallback
+
+from hf_vla.run import add_event
+
+FILE = "memory.jsonl"
+SNAPSHOT = "memory_snapshot"
+NEAR_BUDGET = 0.9
+"""Share of the budget past which the run is warned."""
+SNAPSHOT_ENTRIES = 200_000
+"""Allocations and frees that a snapshot holds at most."""
+GIB = 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class Reading(NamedTuple):
+    """Bytes of one step, and a count; None is what can't be measured here."""
+
+    allocated_peak: int | None = None
+    reserved_peak: int | None = None
+    device_used: int | None = None
+    """Of the whole GPU: this process, all others, the driver."""
+    retries: int | None = None
+    """Times that the allocator had to give its cache back to the GPU and try again, since the start of the process."""
+    reserved: int | None = None
+    """Now, where `reserved_peak` is the step's highest."""
+    device_free: int | None = None
+    host_rss: int | None = None
+    """Most that the process has ever held of the host's memory."""
+
+
+class MemoryMonitor(TrainerCallback):
+    """Record what each step takes, and warn when it nears the budget or when others take what the plan counts on.
+
+    Args:
+        directory: the run's. Rank 0 writes `memory.jsonl` and events into it, rank N `memory.rankN.jsonl` alone.
+        planned_peak: bytes that the plan foresees for this process's GPU, None without a plan.
+        budget: bytes that the run may use of it, None without one.
+        log: `Trainer.log`; called at logging steps.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        planned_peak: int | None = None,
+        budget: int | None = None,
+        log: Callable[[dict[str, float]], None] | None = None,
+    ):
+        self.directory = Path(directory)
+        self.plan = {"planned_peak": planned_peak, "budget": budget}
+        self.log = log
+        self.troubles: set[str] = set()
+        """Kinds of trouble that have been told and last."""
+        self.held_by_others: int | None = None
+        """What the GPU held beside this process's tensors after the first step: the driver, libraries, other users."""
+        self.is_recording = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the step's peaks from what is held now."""
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Read, write and judge what the step took."""
+        reading = read_memory()
+        self._write(state.global_step, args.process_index, reading)
+        for kind, trouble in (("near_budget", self._near_budget(reading)), ("memory_taken", self._taken(reading))):
+            self._tell_once(state, kind, trouble)
+        if self.log and control.should_log:
+            self.log(log_values(reading))
+        if state.is_world_process_zero:
+            self._serve_snapshot(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop what a snapshot that was never finished would go on recording."""
+        if self.is_recording:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, step: int, rank: int, reading: Reading) -> None:
+        name = FILE if rank == 0 else f"memory.rank{rank}.jsonl"
+        values = reading._asdict()
+        line = {"step": step, **{key: values[key] for key in Reading._fields[:4]}, **self.plan}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / name).open("a") as file:
+            file.write(json.dumps({**line, "host_rss": reading.host_rss}) + "\n")
+
+    def _near_budget(self, reading: Reading) -> str | None:
+        budget, peak = self.plan["budget"], reading.reserved_peak
+        if budget is None or peak is None or peak <= NEAR_BUDGET * budget:
+            return None
+        return (
+            f"Memory nears the budget: {_gib(peak)} reserved at the peak, {peak / budget:.0%} of {_gib(budget)} "
+            f"(planned {_gib(self.plan['planned_peak'])})."
+        )
+
+    def _taken(self, reading: Reading) -> str | None:
+        """Say so if others hold more than at the first step, and leave less free than the plan still wants."""
+        planned = self.plan["planned_peak"]
+        if planned is None or reading.device_used is None:
+            return None
+        others = reading.device_used - reading.reserved
+        if self.held_by_others is None:
+            self.held_by_others = others
+        taken, wanted = others - self.held_by_others, planned - reading.reserved
+        if taken <= 0 or reading.device_free >= wanted:
+            return None
+        return (
+            f"Another process has taken {_gib(taken)} of this GPU since the first step: {_gib(reading.device_free)} are "
+            f"free, and the plan may want {_gib(wanted)} more. `hf-vla doctor` says who holds what."
+        )
+
+    def _tell_once(self, state, kind: str, trouble: str | None) -> None:
+        """Tell a trouble when it begins, and again only after it has ended."""
+        if trouble is None:
+            self.troubles.discard(kind)
+        elif kind not in self.troubles:
+            self.troubles.add(kind)
+            logger.warning("Step %d: %s", state.global_step, trouble)
+            if state.is_world_process_zero:  # run.json has one writer
+                add_event(self.directory, state.global_step, kind, trouble)
+
+    def _serve_snapshot(self, step: int) -> None:
+        if self.is_recording:
+            self._dump_snapshot(step)
+        elif (self.directory / SNAPSHOT).exists():
+            self._begin_snapshot()
+
+    def _begin_snapshot(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            self.is_recording = True
+        else:
+            logger.warning("No GPU is used, so there is no memory snapshot to take.")
+            (self.directory / SNAPSHOT).unlink()
+
+    def _dump_snapshot(self, step: int) -> None:
+        path = self.directory / f"{SNAPSHOT}_{step}.pickle"
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        self.is_recording = False
+        (self.directory / SNAPSHOT).unlink(missing_ok=True)
+        logger.info("Memory snapshot of step %d: %s", step, path)
+
+
+def read_memory() -> Reading:
+    """Read the allocator's counters and the device's; only the host's where CUDA isn't in use."""
+    host_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not torch.cuda.is_initialized():
+        return Reading(host_rss=host_rss)
+    stats = torch.cuda.memory_stats()
+    free, total = torch.cuda.mem_get_info()
+    return Reading(
+        allocated_peak=stats["allocated_bytes.all.peak"],
+        reserved_peak=stats["reserved_bytes.all.peak"],
+        device_used=total - free,
+        retries=stats["num_alloc_retries"],
+        reserved=stats["reserved_bytes.all.current"],
+        device_free=free,
+        host_rss=host_rss,
+    )
+
+
+def log_values(reading: Reading) -> dict[str, float]:
+    """Give what a person follows during the run: GiB and the count of retries, of what was measured."""
+    shown = ("allocated_peak", "reserved_peak", "device_used", "host_rss")
+    values = reading._asdict()
+    logs = {f"memory/{key}_gib": round(values[key] / GIB, 3) for key in shown if values[key] is not None}
+    return logs if reading.retries is None else {**logs, "memory/retries": reading.retries}
+
+
+def _gib(size: int | None) -> str:
+    return "nothing" if size is None else f"{size / GIB:.1f} GiB"
