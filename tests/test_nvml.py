@@ -82,10 +82,10 @@ def test_cuda_visible_devices_is_read_as_cuda_does(fake_nvml, selection, expecte
     assert bool(problem) == names_nothing
 
 
-def test_a_name_given_twice_ends_the_list(fake_nvml):
+def test_a_name_given_twice_hides_all(fake_nvml):
     fake_nvml.plug(gpu(0), gpu(1))
-    assert visible("1,1") == ["GPU-00000001"]
-    assert "GPU-00000000-aaaa" in read_gpus({"CUDA_VISIBLE_DEVICES": "1,1"}).problem
+    assert visible("0,1,GPU-00000001") == []
+    assert "twice" in read_gpus({"CUDA_VISIBLE_DEVICES": "1,1"}).problem
 
 
 def test_the_variable_of_this_process_counts(fake_nvml, monkeypatch):

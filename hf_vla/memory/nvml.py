@@ -136,13 +136,16 @@ def _visible(machine: list[_GPU], environment: Mapping[str, str]) -> tuple[list[
 
 
 def _named(machine: list[_GPU], wanted: str) -> tuple[list[_Unit], str | None]:
+    """Find the units of a list of names; CUDA shows none of them where one is named twice."""
+    here = ", ".join(f"{i} {gpu.uuid}" for i, gpu in enumerate(machine)) or "none"
     units: list[_Unit] = []
     for name in wanted.split(","):
         unit = _find(machine, name.strip())
-        if unit is None or unit in units:
+        if unit in units:
+            return [], f"CUDA_VISIBLE_DEVICES={wanted!r} names {name!r} twice, which hides every GPU; here are {here}"
+        if unit is None:
             hidden = "it and all after it" if units else "every GPU"
-            here = ", ".join(f"{i} {gpu.uuid}" for i, gpu in enumerate(machine))
-            return units, f"CUDA_VISIBLE_DEVICES={wanted!r} hides {hidden} at {name!r}; here are {here or 'none'}"
+            return units, f"CUDA_VISIBLE_DEVICES={wanted!r} hides {hidden} at {name!r}; here are {here}"
         units.append(unit)
     return units, None
 
