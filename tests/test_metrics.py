@@ -129,7 +129,7 @@ def test_hold_still_repeats_the_state_where_actions_are_positions_and_is_zero_wh
     changes = WindowDataset(train.info, train.views, 3, [0, 1])
     changes.actions = changes.actions.copy()
     changes.actions[:, 1] = 0.001
-    changes.states = changes.states + 1
+    changes.states = changes.actions * [0.4, 5, -0.2]  # the first resembles the action, and yet doesn't follow it
     assert commands_position(changes).tolist() == [False, False, False]
     assert not hold_still(changes, held_out, np.array([2])).any()
 
