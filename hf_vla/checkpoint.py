@@ -10,6 +10,7 @@ from pathlib import Path
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from hf_vla import register_auto_classes
 from hf_vla.assemble import build_model
 from hf_vla.lora import ADAPTER, trained_names
 from hf_vla.model.configuration_vla import VLAConfig
@@ -52,6 +53,7 @@ def load_checkpoint(directory: str | Path) -> tuple[VLAForActionPrediction, VLAP
     for name in (RECIPE, "config.json"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is no checkpoint of hf_vla: it has no {name}.")
+    register_auto_classes()  # or transformers asks on the terminal whether to run the code that lies beside the weights
     recipe = load_recipe(directory / RECIPE)
     processor = VLAProcessor.from_pretrained(directory)
     if (directory / WHOLE).is_file():

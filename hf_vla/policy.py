@@ -14,7 +14,7 @@ import torch
 from hf_vla.checkpoint import load_checkpoint
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
-from hf_vla.sample import IMAGES, STATE, TASK, Sample
+from hf_vla.sample import GOAL, IMAGES, STATE, TASK, ParsedView, Sample, parse_view, view_name
 
 
 class Policy:
@@ -42,6 +42,7 @@ class Policy:
                 f"n_action_steps is {n_action_steps}; the policy predicts {model.config.chunk_size} actions at once."
             )
         self.seed = seed
+        self._views = [parse_view(name) for name in processor.views]
         self.reset()
 
     @classmethod
@@ -60,39 +61,64 @@ class Policy:
         return cls(model.to(device), processor, steps)
 
     def reset(self) -> None:
-        """Forget the actions still to be carried out; to be called before each episode."""
+        """Forget the episode: actions still to be carried out, and pictures that views of the past look back at."""
         self._queue: deque[np.ndarray] = deque()
+        self._pictures: dict[str, deque[np.ndarray]] = {
+            camera: deque(maxlen=1 + max(-view.offset for view in self._views if view.camera == camera))
+            for camera in {view.camera for view in self._views if view.offset != GOAL}
+        }
         self._generator = torch.Generator(self.model.device).manual_seed(self.seed)
 
     @property
     def needs_observation(self) -> bool:
-        """Whether the next `select_action` looks at its observation."""
-        return not self._queue
+        """Whether the next `select_action` looks: when its chunk is used up, and always where a view shows the past."""
+        return not self._queue or any(pictures.maxlen > 1 for pictures in self._pictures.values())
 
     def select_action(self, observation: Mapping[str, Any] | None = None) -> np.ndarray:
         """Give the next action.
 
         Args:
-            observation: `observation.images.<camera>` (H, W, 3) uint8 for each view, `observation.state` (S,) and `task`;
-                read only when `needs_observation`.
+            observation: `observation.images.<camera>` (H, W, 3) uint8 for each camera (for a view of the goal
+                `observation.images.<camera>@goal`), `observation.state` (S,) and `task`; read only when
+                `needs_observation`.
 
         Returns:
             (A,) float32, in the dataset's physical units.
         """
         if self.needs_observation:
             if observation is None:
-                raise ValueError("The policy has carried out its last chunk and needs an observation.")
-            self._queue.extend(self.predict_action_chunk(observation)[: self.n_action_steps])
+                raise ValueError("The policy needs an observation now: see its needs_observation.")
+            self._look(observation)
+        if not self._queue:
+            self._queue.extend(self._predict_from_here(observation)[: self.n_action_steps])
         return self._queue.popleft()
 
     def predict_action_chunk(self, observation: Mapping[str, Any]) -> np.ndarray:
         """Predict the next T actions of one observation, (T, A) float32 in physical units."""
-        missing = {STATE, TASK, *map(_camera_key, self.processor.views)} - set(observation)
-        if missing:
-            raise ValueError(f"The observation lacks {sorted(missing)}; it holds {sorted(observation)}.")
-        images = [observation[_camera_key(view)] for view in self.processor.views]
+        self._look(observation)
+        return self._predict_from_here(observation)
+
+    def _look(self, observation: Mapping[str, Any]) -> None:
+        """Keep what a view of this moment or a later one shows."""
+        wanted = {STATE, TASK, *(_key(view) for view in self._views)}
+        if not wanted <= set(observation):
+            raise ValueError(
+                f"The observation lacks {sorted(wanted - set(observation))}; it holds {sorted(observation)}."
+            )
+        for camera, pictures in self._pictures.items():
+            pictures.append(observation[f"{IMAGES}.{camera}"])
+
+    def _predict_from_here(self, observation: Mapping[str, Any]) -> np.ndarray:
+        images = [self._picture(view, observation) for view in self._views]
         state = np.asarray(observation[STATE], np.float32)
         return self._predict([images], [observation[TASK]], state[None])[0]
+
+    def _picture(self, view: ParsedView, observation: Mapping[str, Any]) -> np.ndarray:
+        """Give a view's picture; before the episode began there was its first frame, as in training."""
+        if view.offset == GOAL:
+            return observation[_key(view)]
+        pictures = self._pictures[view.camera]
+        return pictures[max(0, len(pictures) - 1 + view.offset)]
 
     def predict_samples(self, samples: list[Sample]) -> np.ndarray:
         """Predict the chunk of each sample at once, (B, T, A) float32 in physical units."""
@@ -107,5 +133,6 @@ class Policy:
         return self.processor.unnormalize_actions(actions).float().cpu().numpy()
 
 
-def _camera_key(view: str) -> str:
-    return f"{IMAGES}.{view}"
+def _key(view: ParsedView) -> str:
+    """Name the picture that has to be observed for a view: a camera's, now, or its goal."""
+    return f"{IMAGES}.{view_name(view.camera, GOAL) if view.offset == GOAL else view.camera}"

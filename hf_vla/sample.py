@@ -16,9 +16,27 @@ ACTION = "action"
 TASK = "task"
 
 
+GOAL = "goal"
+"""The moment of a view that shows an episode's last frame."""
+
+
+class ParsedView(NamedTuple):
+    """One image of the pair: a camera, and a moment of it."""
+
+    camera: str
+    offset: int | str = 0
+    """Frames from now, 0 or less; or `goal`."""
+
+
 def view_name(camera: str, offset: int | str = 0) -> str:
     """Name a view by its camera and, where it isn't the present frame, the moment: `top`, `top@-5`, `top@goal`."""
     return camera if offset == 0 else f"{camera}@{offset}"
+
+
+def parse_view(name: str) -> ParsedView:
+    """Read what `view_name` wrote."""
+    camera, _, moment = name.partition("@")
+    return ParsedView(camera, moment if moment == GOAL else int(moment or 0))
 
 
 class Sample(NamedTuple):
