@@ -5,8 +5,10 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_policy import (
     FUSION_TYPES,
     HEAD_TYPES,
@@ -146,13 +148,24 @@ def test_the_loss_halves_on_a_tiny_batch(model, batch):
 
 
 def test_save_and_load_predict_the_same(model, batch, tmp_path):
-    if isinstance(model.head, torch.nn.Module) and "levels" in model.head.state_dict():
+    if "levels" in model.head.state_dict():
         model.head.fit_levels(torch.randn(1000, 4))
     model.save_pretrained(tmp_path)
     loaded = VLAForActionPrediction.from_pretrained(tmp_path)
     state = model.state_dict()
     assert state.keys() == loaded.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(act(loaded, batch), act(model, batch))
+
+
+def test_save_and_load_keep_bf16_backbones_and_a_float32_rest(tmp_path):
+    model = tiny_model(head="discrete")
+    model.model.vggt.bfloat16()
+    model.model.lang_encoder.bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded = VLAForActionPrediction.from_pretrained(tmp_path)
+    assert {n: t.dtype for n, t in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    batch = tiny_batch(model.config)
     assert torch.equal(act(loaded, batch), act(model, batch))
 
 
@@ -265,6 +278,28 @@ def test_it_holds_llama_2_7b_without_its_language_head():
     assert sum(p.numel() for p in model.model.lang_encoder.parameters()) == 6_607_343_616
 
 
+@pytest.mark.parametrize("fusion", FUSION_TYPES)
+def test_adapters_train_under_autocast_and_checkpointing_on_frozen_bf16_backbones(fusion):
+    model = tiny_model(fusion)
+    batch = tiny_batch(model.config)
+    for backbone in (model.model.vggt, model.model.lang_encoder):
+        backbone.bfloat16().requires_grad_(False)
+    own = [*model.model.fusion.parameters(), *model.head.parameters()]
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    for parameter in own:
+        parameter.requires_grad_(True)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model.train()(**batch)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum("lora_" in name for name in trained) == 8
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    with torch.inference_mode():
+        assert act(model.eval(), batch).isfinite().all()
+
+
 def test_the_trainer_leaves_counting_to_the_model():
     assert VLAForActionPrediction.accepts_loss_kwargs
     assert VLAForActionPrediction.main_input_name == "state"
@@ -302,8 +337,6 @@ np.save(folder + "/stranger.npy", actions.numpy())
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [("cross_attention", "l1"), ("prefix", "flow"), ("gated", "discrete")], ids=name_of)
 def test_a_saved_directory_opens_in_a_process_without_this_package(kind, tmp_path, monkeypatch):
-    import numpy as np
-
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     rng = np.random.default_rng(0)
     inputs = {

@@ -54,6 +54,8 @@ class VLAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("Block", "SelfBlock", "CrossBlock")
+    # A checkpoint states one dtype, that of its backbones; fusion and head are float32 beside bf16 ones.
+    _keep_in_fp32_modules_strict = (r"(^|\.)fusion\.", r"^head\.")
 
     def _init_weights(self, module: nn.Module) -> None:
         # As torch begins linear layers: scaled by their inputs, so that a narrow model learns as a wide one does.

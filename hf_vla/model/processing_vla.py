@@ -22,6 +22,9 @@ VIEW_MEANS = "view_means.png"
 NEUTRAL = (0.485, 0.456, 0.406)
 """The colour in [0, 1] that VGGT's own standardisation maps to 0."""
 
+HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+"""What says where a file of the Hub is found, among the arguments of `from_pretrained`."""
+
 STATE, ACTION = "observation.state", "action"
 
 
@@ -139,10 +142,10 @@ class VLAProcessor(ProcessorMixin):
                 raise ValueError(f"Expected {len(self.views)} views ({', '.join(self.views)}), got {len(pair)}.")
         self._check_means()
         if self.pictures == "mean":
-            pixels = self._means.expand(len(images), *self._means.shape)
+            pixels = self._means.repeat(len(images), 1, 1, 1, 1)
         else:
             pixels = _to_pixels(np.stack([self._fit(pair) for pair in images]))
-        return pixels - self._means + torch.tensor(NEUTRAL).view(3, 1, 1) if self.center_images else pixels.clone()
+        return pixels.add_(torch.tensor(NEUTRAL).view(3, 1, 1) - self._means) if self.center_images else pixels
 
     def _fit(self, pair: Sequence[np.ndarray]) -> np.ndarray:
         """Resize the pictures that don't fit yet, and stack them: (V, H, W, 3)."""
@@ -187,9 +190,7 @@ class VLAProcessor(ProcessorMixin):
                 f"{pretrained_model_name_or_path} holds no processor with statistics, and without those that the model was "
                 "trained with its actions have no unit. Save the run's processor there (processor.save_pretrained)."
             )
-        where = {
-            name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs
-        }
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         path = cached_file(
             pretrained_model_name_or_path, VIEW_MEANS, _raise_exceptions_for_missing_entries=False, **where
         )
