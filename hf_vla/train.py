@@ -15,6 +15,7 @@ from hf_vla.checkpoint import save_checkpoint
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
 from hf_vla.lora import count_parameters
+from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.model.image_processing_vla import resize_view, stack_views
 from hf_vla.recipe import Recipe, RecipeError, load_recipe
 from hf_vla.report import write_report
@@ -47,7 +48,9 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
 def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     """Build data, processor, model and trainer, in the order in which each needs the one before."""
     arguments = training_arguments(recipe, str(output))
-    train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, arguments.seed)
+    train_data, eval_data = build_datasets(
+        recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes
+    )
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
     processor = build_processor(recipe, views, info.stats, mean_pictures(train_data, fit_views(recipe)))
     config = build_config(recipe, len(views), info.state_dim, info.action_dim)
@@ -113,7 +116,7 @@ def main(
     try:
         recipe = load_recipe(recipe_file, overrides)
         directory = train(recipe, output or Path("runs") / recipe_file.stem, resume)
-    except (RecipeError, OSError) as error:
+    except (ValueError, OSError, MemoryBudgetError) as error:
         raise SystemExit(f"Error: {error}") from None
     logger.info("Trained: %s; report: %s", directory / run.MODEL, directory / "report.html")
 

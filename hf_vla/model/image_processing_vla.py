@@ -92,6 +92,8 @@ def _patch_multiple(side: float) -> int:
 
 def _centre_on_white(view: np.ndarray, height: int, width: int) -> np.ndarray:
     missing = (height - view.shape[0], width - view.shape[1])
+    if not any(missing):
+        return view
     before_and_after = [(n // 2, n - n // 2) for n in missing]
     return np.pad(view, [*before_and_after, (0, 0)], constant_values=WHITE)
 
