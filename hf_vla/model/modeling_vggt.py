@@ -264,7 +264,7 @@ class VGGTModel(PreTrainedModel):
             frame = self.frame_blocks[i](x.flatten(0, 1), within_view)
             x = self.global_blocks[i](frame.reshape(B, -1, frame.shape[-1]), among_views).unflatten(1, (V, -1))
             if i in wanted:
-                outputs[i] = torch.cat([frame.view_as(x), x], dim=-1)
+                outputs[i] = torch.cat([frame.unflatten(0, (B, V)), x], dim=-1)
         return [outputs[i] for i in wanted]
 
     def _tokens(self, pixel_values: Tensor, h: int, w: int) -> Tensor:
