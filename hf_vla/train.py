@@ -14,9 +14,12 @@ from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.checkpoint import save_checkpoint
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
+from hf_vla.data.windows import WindowDataset
 from hf_vla.lora import count_parameters
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.model.image_processing_vla import resize_view, stack_views
+from hf_vla.model.modeling_vla import VLAForActionPrediction
+from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError, load_recipe
 from hf_vla.report import write_report
 from hf_vla.sample import view_name
@@ -53,16 +56,24 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     )
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
     processor = build_processor(recipe, views, info.stats, mean_pictures(train_data, fit_views(recipe)))
-    config = build_config(recipe, len(views), info.state_dim, info.action_dim)
+    model = build_model(recipe, build_config(recipe, len(views), info.state_dim, info.action_dim))
+    if recipe.model.head.type == "discrete":
+        fit_levels(model, processor, train_data)
     return VLATrainer(
         recipe=recipe,
         processor=processor,
-        model=build_model(recipe, config),
+        model=model,
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=VLACollator(processor),
     )
+
+
+def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: WindowDataset) -> None:
+    """Give a discrete head the levels that training actions take."""
+    actions = processor(actions=train_data.actions)["actions"]
+    model.head.fit_levels(actions)
 
 
 def fit_views(recipe: Recipe):
