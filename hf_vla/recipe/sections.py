@@ -1,22 +1,13 @@
-"""The only reader of recipes: one JSON or YAML file that fully describes a run, as typed dataclasses.
-
-Every key has a default, so that a six-line template is a recipe; an unknown key, a wrong type, or two answers to one
-question is an error that names the key and the nearest one that exists.
-"""
+"""What a recipe holds: one dataclass a section, every key with its default, its type and its meaning."""
 
 import dataclasses
-import difflib
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from transformers import TrainingArguments
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=True))
 
@@ -140,6 +131,8 @@ class Data:
     eval_fraction: float = 0.1
     """Share of episodes held out, chosen by `training.seed`; at least one where it is above 0."""
     num_workers: int = 2
+    picture_cache_bytes: int = 0
+    """Decoded pictures that each worker keeps in memory; for sets that are read many times and fit."""
 
 
 @_strict
@@ -150,6 +143,10 @@ class Memory:
     """Bytes that the run may use on one GPU, as "28GiB"; None takes what is free, less 10 %."""
     gpus: int | None = None
     """Processes, one a GPU, that the recipe is for; training refuses any other number. None takes what is launched."""
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and free the gradient: no clipping, and no accumulation."""
+    cache: list[Literal["vggt", "lang_encoder"]] = field(default_factory=list)
+    """Frozen backbones whose outputs are read from the cache; they aren't even loaded."""
 
 
 @_strict
@@ -220,168 +217,3 @@ class Recipe:
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe; `load_recipe` of that file gives an equal one."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides, the value read as JSON or else as text.
-
-    Raises:
-        RecipeError: for a file that is missing or isn't JSON or YAML, an unknown section or key, a wrong type, or a
-            contradiction.
-    """
-    path = Path(path)
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.json")]
-        raise RecipeError(f"{path}: no such recipe file. {_suggest(path.name, siblings)}")
-    try:
-        raw = _parse(path)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{path}: neither JSON nor YAML can be read from it: {error}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is one object with the sections {', '.join(_SECTIONS)}, not {raw!r}.")
-    try:
-        for override in overrides or []:
-            _apply_override(raw, override)
-        return make_recipe(raw)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
-
-
-def make_recipe(raw: dict[str, Any]) -> Recipe:
-    """Turn the sections of a recipe into a checked Recipe.
-
-    Raises:
-        RecipeError: for an unknown section or key, a wrong type, or a contradiction.
-    """
-    for name, values in raw.items():
-        if name not in _SECTIONS:
-            raise RecipeError(f"unknown section {name!r}. {_suggest(name, _SECTIONS)}")
-        if not isinstance(values, dict):
-            raise RecipeError(f"section {name!r} must be an object of keys, not {values!r}.")
-    recipe = Recipe(**{name: _read_section(name, raw.get(name, {})) for name in _SECTIONS})
-    _check_geometry(recipe)
-    _check_one_answer(recipe)
-    return recipe
-
-
-def _read_section(name: str, values: dict[str, Any]) -> Any:
-    if name == "training":
-        return _read_training(values)
-    if name == "data" and isinstance(values.get("views"), list):
-        values = {**values, "views": [{"camera": v} if isinstance(v, str) else v for v in values["views"]]}
-    try:
-        # pydantic's JSON mode: types are strict, but an object may stand for a section within the section.
-        return TypeAdapter(_SECTIONS[name]).validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise RecipeError(_explain(error.errors()[0], name)) from None
-
-
-def _read_training(values: dict[str, Any]) -> dict[str, Any]:
-    hints = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
-    for key, value in values.items():
-        if key == "per_device_train_batch_size":
-            raise RecipeError("training.per_device_train_batch_size: data.batch_size is the one place for it.")
-        if key not in hints:
-            raise RecipeError(f"unknown key training.{key}. {_suggest(key, hints)}")
-        if not _fits(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
-            raise RecipeError(f"training.{key} is {value!r}; it must be of type {wanted}.")
-    return {**TRAINING_DEFAULTS, **values}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    try:
-        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_json(json.dumps(value))
-    except ValidationError:
-        return False
-    return True
-
-
-def _check_geometry(recipe: Recipe) -> None:
-    """Refuse shapes that no model can have."""
-    size, prompt = recipe.data.image_size, recipe.model.prompt
-    if size % 14 or size < 14:
-        low = max(14, size // 14 * 14)
-        raise RecipeError(
-            f"data.image_size is {size}, not a multiple of 14 (VGGT's patch). Nearest: {low} and {low + 14}."
-        )
-    if prompt.count("{task}") != 1:
-        raise RecipeError(f"model.prompt must hold {{task}} exactly once; it is {prompt!r}.")
-
-
-def _check_one_answer(recipe: Recipe) -> None:
-    """Refuse two answers to one question."""
-    model, training = recipe.model, recipe.training
-    for part in recipe.lora.apply_to:
-        if not getattr(model, f"freeze_{part}"):
-            raise RecipeError(
-                f"lora.apply_to names {part!r}, but model.freeze_{part} is false: train the one or the other."
-            )
-    if model.quantization != "none" and not model.freeze_lang_encoder:
-        raise RecipeError(
-            f"model.quantization is {model.quantization!r}, and quantised weights can't be trained: set "
-            "model.freeze_lang_encoder to true (with lora.apply_to for QLoRA), or model.quantization to none."
-        )
-    if training.get("bf16") and training.get("fp16"):
-        raise RecipeError("training.bf16 and training.fp16 are both true; bf16 is the default: set it false.")
-    if model.fusion.align_weight and model.fusion.type != "prefix":
-        raise RecipeError(
-            "model.fusion.align_weight needs fusion.type prefix: there LLaMA has states at view positions."
-        )
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    *path, key = name.split(".")
-    if not equals or not path:
-        raise RecipeError(f"--set {override}: expected section.key=value, as in --set data.batch_size=4.")
-    node = raw
-    for part in path:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"--set {override}: {part!r} holds {node!r}, which has no keys.")
-    try:
-        node[key] = json.loads(text)
-    except json.JSONDecodeError:
-        node[key] = text
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML (YAML 1.1) reads 1e-4, as every learning rate is written, as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse(path: Path) -> Any:
-    text = path.read_text()
-    return json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader) or {}
-
-
-def _explain(error: dict[str, Any], section: str) -> str:
-    """Say one of pydantic's errors in our words: the key, what it was given, what is allowed."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join([section, *location])
-    if error["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key}. {_suggest(location[-1], _keys_at(section, location[:-1]))}"
-    if error["type"] == "missing_argument":
-        return f"{key} is missing."
-    return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def _keys_at(section: str, path: list[str]) -> list[str]:
-    cls = _SECTIONS[section]
-    for name in path:
-        fields = {f.name: f.type for f in dataclasses.fields(cls)}
-        cls = View if name == "views" else fields.get(name, cls)
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _suggest(name: str, candidates: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(sorted(candidates))}."
-
-
-_SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Recipe)}

@@ -1,0 +1,64 @@
+"""What a recipe can't ask for: shapes that no model has, and two answers to one question."""
+
+from typing import Any
+
+from hf_vla.recipe.sections import Recipe, RecipeError
+
+
+def check_consistency(recipe: Recipe) -> None:
+    """Refuse a recipe whose keys are each right and don't go together.
+
+    Raises:
+        RecipeError: naming the keys, and what to change.
+    """
+    _check_geometry(recipe)
+    _check_one_answer(recipe)
+
+
+def _check_geometry(recipe: Recipe) -> None:
+    """Refuse shapes that no model can have."""
+    size, prompt = recipe.data.image_size, recipe.model.prompt
+    if size % 14 or size < 14:
+        low = max(14, size // 14 * 14)
+        raise RecipeError(
+            f"data.image_size is {size}, not a multiple of 14 (VGGT's patch). Nearest: {low} and {low + 14}."
+        )
+    if prompt.count("{task}") != 1:
+        raise RecipeError(f"model.prompt must hold {{task}} exactly once; it is {prompt!r}.")
+
+
+def _check_one_answer(recipe: Recipe) -> None:
+    """Refuse two answers to one question."""
+    model, training = recipe.model, recipe.training
+    for part in recipe.lora.apply_to:
+        if not getattr(model, f"freeze_{part}"):
+            raise RecipeError(
+                f"lora.apply_to names {part!r}, but model.freeze_{part} is false: train the one or the other."
+            )
+    if model.quantization != "none" and not model.freeze_lang_encoder:
+        raise RecipeError(
+            f"model.quantization is {model.quantization!r}, and quantised weights can't be trained: set "
+            "model.freeze_lang_encoder to true (with lora.apply_to for QLoRA), or model.quantization to none."
+        )
+    for part in recipe.memory.cache:
+        if not getattr(model, f"freeze_{part}") or part in recipe.lora.apply_to:
+            raise RecipeError(f"memory.cache names {part!r}, which trains: only what stays as it is can be cached.")
+    if recipe.memory.optimizer_in_backward:
+        _check_in_backward(training)
+    if training.get("bf16") and training.get("fp16"):
+        raise RecipeError("training.bf16 and training.fp16 are both true; bf16 is the default: set it false.")
+    if model.fusion.align_weight and (not model.freeze_vggt or "vggt" in recipe.lora.apply_to):
+        raise RecipeError("model.fusion.align_weight takes VGGT for a fixed target: freeze it, without adapters.")
+    if model.fusion.align_weight and model.fusion.type != "prefix":
+        raise RecipeError(
+            "model.fusion.align_weight needs fusion.type prefix: there LLaMA has states at view positions."
+        )
+
+
+def _check_in_backward(training: dict[str, Any]) -> None:
+    for key, needed in (("gradient_accumulation_steps", 1), ("max_grad_norm", 0)):
+        if training[key] != needed:
+            raise RecipeError(
+                f"memory.optimizer_in_backward keeps no gradients to accumulate or clip: set training.{key} to {needed}, "
+                f"not {training[key]}."
+            )
