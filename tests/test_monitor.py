@@ -140,7 +140,7 @@ def test_each_episode_near_the_budget_is_told_once(tmp_path, cuda, caplog):
             cuda.reserved_peak = int(peak * GIB)
             steps.step()
     assert events(tmp_path) == [(2, "near_budget"), (5, "near_budget")]
-    assert "92% of 10.0 GiB" in caplog.text and len(caplog.records) == 2
+    assert "92% of 10.00 GiB" in caplog.text and len(caplog.records) == 2
 
 
 def test_another_process_that_takes_what_the_plan_counts_on_is_told(tmp_path, cuda):
@@ -150,7 +150,7 @@ def test_another_process_that_takes_what_the_plan_counts_on_is_told(tmp_path, cu
         steps.step()
     assert events(tmp_path) == [(3, "memory_taken"), (6, "memory_taken")]
     text = read_info(tmp_path)["events"][0]["text"]
-    assert "taken 5.0 GiB" in text and "15.0 GiB are free" in text and "16.0 GiB more" in text
+    assert "taken 5.00 GiB" in text and "15.00 GiB are free" in text and "16.00 GiB more" in text
 
 
 def test_a_gpu_that_was_full_from_the_start_is_no_news(tmp_path, cuda):

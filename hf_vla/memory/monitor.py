@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import TrainerCallback
 
+from hf_vla.memory.sizes import GIB, format_size
 from hf_vla.run import add_event
 
 FILE = "memory.jsonl"
@@ -22,7 +23,6 @@ NEAR_BUDGET = 0.9
 """Share of the budget past which the run is warned."""
 SNAPSHOT_ENTRIES = 200_000
 """Allocations and frees that a snapshot holds at most."""
-GIB = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +102,10 @@ class MemoryMonitor(TrainerCallback):
         budget, peak = self.plan["budget"], reading.reserved_peak
         if budget is None or peak is None or peak <= NEAR_BUDGET * budget:
             return None
+        planned = "nothing" if self.plan["planned_peak"] is None else format_size(self.plan["planned_peak"])
         return (
-            f"Memory nears the budget: {_gib(peak)} reserved at the peak, {peak / budget:.0%} of {_gib(budget)} "
-            f"(planned {_gib(self.plan['planned_peak'])})."
+            f"Memory nears the budget: at the peak {format_size(peak)} were reserved, {peak / budget:.0%} of "
+            f"{format_size(budget)}; planned were {planned}."
         )
 
     def _taken(self, reading: Reading) -> str | None:
@@ -119,8 +120,9 @@ class MemoryMonitor(TrainerCallback):
         if taken <= 0 or reading.device_free >= wanted:
             return None
         return (
-            f"Another process has taken {_gib(taken)} of this GPU since the first step: {_gib(reading.device_free)} are "
-            f"free, and the plan may want {_gib(wanted)} more. `hf-vla doctor` says who holds what."
+            f"Another process has taken {format_size(taken)} of this GPU since the first step: "
+            f"{format_size(reading.device_free)} are free, and the plan may want {format_size(wanted)} more. "
+            "`hf-vla doctor` says who holds what."
         )
 
     def _tell_once(self, state, kind: str, trouble: str | None) -> None:
@@ -180,7 +182,3 @@ def log_values(reading: Reading) -> dict[str, float]:
     values = reading._asdict()
     logs = {f"memory/{key}_gib": round(values[key] / GIB, 3) for key in shown if values[key] is not None}
     return logs if reading.retries is None else {**logs, "memory/retries": reading.retries}
-
-
-def _gib(size: int | None) -> str:
-    return "nothing" if size is None else f"{size / GIB:.1f} GiB"
