@@ -2,22 +2,17 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from faults.fake_nvml import GIB, gpu, load_in_place_of_nvml
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tiny_run import TINY_LLAMA, tiny_recipe
-from transformers import AutoModel, LlamaConfig
+from tiny_run import tiny_recipe
 
-from hf_vla.memory import preflight, preflight_sources
+from hf_vla.memory import preflight
 from hf_vla.memory.check import Check, checks_to_json, format_checks, refuse_on_failure
 from hf_vla.memory.nvml import Inventory, VisibleGPU, read_gpus
 from hf_vla.memory.preflight import check_batch, check_disk, check_gpus, check_memory, check_precision, run_checks
-from hf_vla.memory.preflight_sources import check_source, check_versions, check_weights, open_data
 from hf_vla.recipe import RecipeError
-from hf_vla.weights import byte_tokenizer
 
 
 def find(checks: list[Check], title: str) -> Check:
@@ -208,123 +203,7 @@ def test_a_model_that_cannot_be_built_fails_with_its_reason(tmp_path, one_proces
     assert check.status == "fail" and "q_prooj" in check.detail
 
 
-# Weights ---------------------------------------------------------------------------------------------------------------
-
-
-def save_decoder(folder: Path) -> Path:
-    AutoModel.from_config(LlamaConfig(**TINY_LLAMA)).save_pretrained(folder, max_shard_size="40KB")
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def weights_of(**model) -> dict[str, Check]:
-    return {check.title: check for check in check_weights(tiny_recipe(model=model))}
-
-
-def test_a_folder_with_decoder_and_tokenizer_is_enough(tmp_path):
-    folder = save_decoder(tmp_path / "Llama-2-tiny")
-    checks = weights_of(lang_encoder=str(folder))
-    assert [check.status for check in checks.values()] == ["ok"] * 3
-    assert "Llama 2 Community License" in checks["Weights of the language encoder"].detail
-
-
-def test_a_folder_that_lacks_a_shard_fails_and_names_it(tmp_path):
-    folder = save_decoder(tmp_path / "decoder")
-    shard = sorted(folder.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    check = weights_of(lang_encoder=str(folder))["Weights of the language encoder"]
-    assert check.status == "fail" and shard.name in check.detail and "lacks 1 of" in check.detail
-
-
-def test_a_folder_without_weights_or_tokenizer_fails(tmp_path):
-    folder = save_decoder(tmp_path / "decoder")
-    for path in folder.glob("model*"):
-        path.unlink()
-    for path in [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
-        path.unlink()
-    checks = weights_of(lang_encoder=str(folder))
-    assert "has no weights" in checks["Weights of the language encoder"].detail
-    assert "has no tokenizer" in checks["Tokenizer"].detail
-
-
-def test_a_damaged_vggt_file_and_a_wrong_path_fail(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"cut short")
-    check = weights_of(vggt=str(file))["Weights of VGGT"]
-    assert check.status == "fail" and "damaged" in check.detail
-    check = weights_of(vggt=str(tmp_path / "nowhere.pt"))["Weights of VGGT"]
-    assert check.status == "fail" and "no such file or folder" in check.detail
-
-
-def test_a_cached_backbone_needs_no_weights():
-    recipe = tiny_recipe(model={"vggt": "a/b", "freeze_vggt": True}, memory={"cache": ["vggt"]})
-    check = find(check_weights(recipe), "Weights of VGGT")
-    assert check.status == "ok" and "cache" in check.detail
-
-
-def raising(error: Exception | None):
-    def auth_check(repo):
-        if error is not None:
-            raise error
-
-    return auth_check
-
-
-def hub_error(kind):
-    return kind.__new__(kind)  # its constructor wants a response of the HTTP library
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "says"),
-    [
-        (None, "ok", "on the Hub and open to you"),
-        (hub_error(GatedRepoError), "fail", "https://huggingface.co/facebook/VGGT-1B-Commercial"),
-        (hub_error(RepositoryNotFoundError), "fail", "Check the name"),
-        (ConnectionError("no network"), "fail", "hf download facebook/VGGT-1B-Commercial"),
-    ],
-)
-def test_what_is_not_here_is_looked_for_on_the_hub(monkeypatch, tmp_path, error, status, says):
-    monkeypatch.setattr(preflight_sources, "snapshot_download", lambda *args, **kwargs: tmp_path)  # cached in part
-    monkeypatch.setattr(preflight_sources, "auth_check", raising(error))
-    check = weights_of(vggt="facebook/VGGT-1B-Commercial")["Weights of VGGT"]
-    assert check.status == status and says in check.detail + check.advice
-    assert error is not None or "commercial use is allowed" in check.detail
-
-
-def test_the_non_commercial_licence_is_named(monkeypatch):
-    monkeypatch.setattr(preflight_sources, "auth_check", raising(None))
-    assert "non-commercial" in check_source("Weights of VGGT", "facebook/VGGT-1B", str).detail
-
-
-# Dataset, disk, packages -----------------------------------------------------------------------------------------------
-
-
-def test_the_datasets_cameras_and_sizes_are_told():
-    check, dataset = open_data(tiny_recipe())
-    first = dataset[0].images[0]
-    assert check.status == "ok"
-    assert f"corner2 {first.shape[1]}x{first.shape[0]}" in check.detail and "resized to 28x28" in check.detail
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        ({"dataset": None}, "data.dataset isn't set"),
-        ({"dataset": "no/such/folder"}, "no folder"),
-        ({"views": [{"camera": "corner3"}]}, "corner"),
-    ],
-)
-def test_data_that_cannot_be_used_fails(data, says):
-    check, dataset = open_data(tiny_recipe(data=data))
-    assert check.status == "fail" and dataset is None and says in check.detail
-
-
-def test_a_picture_that_cannot_be_decoded_fails(monkeypatch):
-    def cut_short(self, i):
-        raise ValueError(f"sample {i}: a video is cut short")
-
-    monkeypatch.setattr(preflight_sources.WindowDataset, "__getitem__", cut_short)
-    assert open_data(tiny_recipe())[0].detail == "sample 0: a video is cut short"
+# Disk ----------------------------------------------------------------------------------------------------------------
 
 
 class Tiny(torch.nn.Module):
@@ -362,23 +241,6 @@ def test_a_full_disk_fails(monkeypatch, tmp_path):
 def test_a_file_where_the_run_should_go_fails(tmp_path):
     (tmp_path / "run").touch()
     assert check_disk(tiny_recipe(), tmp_path / "run" / "x", None).status == "fail"
-
-
-def test_packages_are_compared_with_what_is_required_and_tested(monkeypatch, tmp_path):
-    pins = tmp_path / "constraints.txt"
-    pins.write_text("# tested\ntorch==1.0\nwebsockets==0.1\n")
-    monkeypatch.setattr(preflight_sources, "CONSTRAINTS", pins)
-    check = check_versions(tiny_recipe())
-    assert check.status == "warn" and f"torch {torch.__version__} (tested: ==1.0)" in check.detail
-    assert "websockets" not in check.detail  # this recipe doesn't want it
-
-    monkeypatch.setattr(
-        preflight_sources.importlib.metadata, "requires", lambda name: ["torch>=99", 'nope; extra == "sim"']
-    )
-    check = check_versions(tiny_recipe())
-    assert check.status == "fail" and "torch>=99 is wanted" in check.detail and "nope" not in check.detail
-    check = check_versions(tiny_recipe(evaluation={"simulator": "metaworld"}))
-    assert "nope is wanted, none is here" in check.detail and ".[sim]" in check.advice
 
 
 # The list itself -------------------------------------------------------------------------------------------------------
