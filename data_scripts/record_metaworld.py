@@ -166,9 +166,8 @@ def record(
     """Record `tasks` (name to number of episodes) into the new folder `out`, and return what each expert achieved."""
     # Workers import this file too, and have no use for what the writer needs.
     from hf_vla.data.lerobot_writer import LeRobotWriter, image_feature, vector_feature
-    from hf_vla.data.video_writer import CODECS
 
-    side, storage = settings.env["image_size"], "video" if settings.store in CODECS else "image"
+    side, storage = settings.env["image_size"], "image" if settings.store in ("jpeg", "png") else "video"
     features = {f"{IMAGES}.{camera}": image_feature(side, side, storage) for camera in settings.env["cameras"]}
     features |= {STATE: vector_feature(STATE_NAMES), ACTION: vector_feature(ACTION_NAMES)}
     codec = settings.store if storage == "video" else "h264"

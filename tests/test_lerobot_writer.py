@@ -165,6 +165,7 @@ def test_video_frames_stand_at_their_times(tmp_path, codec, limit):
         video = {key: row[f"videos/{CAMERA}/{key}"] for key in ("chunk_index", "file_index", "from_timestamp")}
         path = root / info["video_path"].format(video_key=CAMERA, **video)
         with av.open(str(path)) as container:
+            assert container.streams.video[0].pix_fmt == info["features"][CAMERA]["info"]["video.pix_fmt"]
             decoded = {
                 round(frame.time * FPS, 6): frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)
             }

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from hf_vla.data.lerobot_stats import PictureStats, vector_stats
-from hf_vla.data.video_writer import PIXEL_FORMAT, VideoWriter
 
 VERSION = "v3.0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -97,7 +96,7 @@ class LeRobotWriter:
         self._video_files = {key: _FileNumber() for key in self._videos}
         self._data_writer: pq.ParquetWriter | None = None
         self._episodes_writer: pq.ParquetWriter | None = None
-        self._video_writers: dict[str, VideoWriter] = {}
+        self._video_writers: dict[str, Any] = {}
         self.root.parent.mkdir(parents=True, exist_ok=True)
         self._partial = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.partial-", dir=self.root.parent))
         self._partial.chmod(0o755)  # mkdtemp lets nobody else in
@@ -214,13 +213,22 @@ class LeRobotWriter:
             writer = None
         if writer is None:
             path = self._partial / VIDEO_PATH.format(video_key=key, **self._video_files[key].indices())
-            height, width, _ = self._features[key]["shape"]
-            writer = self._video_writers[key] = VideoWriter(path, self._fps, self._codec, height, width)
+            writer = self._video_writers[key] = self._open_video(path, key)
         start = writer.seconds
         for picture in pictures:
             writer.add(_decode(picture))
         row = self._video_files[key].indices() | {"from_timestamp": start, "to_timestamp": writer.seconds}
         return {f"videos/{key}/{name}": value for name, value in row.items()}
+
+    def _open_video(self, path: Path, key: str) -> Any:
+        try:
+            from hf_vla.data.video import VideoWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{key} is stored as video, which PyAV writes: pip install 'hf-vla[video]'."
+            ) from error
+        height, width, _ = self._features[key]["shape"]
+        return VideoWriter(path, self._fps, self._codec, height, width)
 
     def _episode_stats(self, columns: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> dict[str, list]:
         stats = {key: vector_stats(values.reshape(len(values), -1)) for key, values in vectors.items()}
@@ -282,7 +290,7 @@ class LeRobotWriter:
 
     def _video_info(self, key: str) -> dict[str, Any]:
         height, width, channels = self._features[key]["shape"]
-        video = {"height": height, "width": width, "codec": self._codec, "pix_fmt": PIXEL_FORMAT}
+        video = {"height": height, "width": width, "codec": self._codec, "pix_fmt": "yuv420p"}
         video |= {"is_depth_map": False, "fps": self._fps, "channels": channels}
         return {f"video.{name}": value for name, value in video.items()} | {"has_audio": False}
 
