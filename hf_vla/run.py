@@ -38,6 +38,20 @@ def check_directory(directory: str | Path, resume: bool) -> None:
         raise FileNotFoundError(f"{directory} holds no run to resume (it has no {RECIPE}).")
 
 
+def check_finished(directory: str | Path) -> None:
+    """Refuse a directory that has no trained model in it.
+
+    Raises:
+        FileNotFoundError: saying what is missing.
+    """
+    for name, meaning in (
+        (INFO, "it isn't a run directory; training writes one"),
+        (f"{MODEL}/{RECIPE}", "its training hasn't ended; go on with it by --resume"),
+    ):
+        if not (Path(directory) / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}, so {meaning}.")
+
+
 def open_run(directory: str | Path, recipe: Recipe) -> None:
     """Make a run directory and write into it what is going to run; once there, it is only added to."""
     directory = Path(directory)
@@ -105,6 +119,6 @@ def add_event(directory: str | Path, step: int, kind: str, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside its place and move it there, so that a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several ranks may write at once
     aside.write_text(json.dumps(value, indent=2) + "\n")
     aside.replace(path)

@@ -4,22 +4,27 @@ step doesn't fit, and what a checkpoint holds.
 
 import json
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_vla.checkpoint import load_trained, save_checkpoint
-from hf_vla.memory.microbatch import MicroBatcher, halves
+from hf_vla.memory import ranks
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.ranks import agree, average_gradients
+from hf_vla.memory.headroom import has_headroom
+from hf_vla.memory.in_backward import OptimizerInBackward
+from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
-from hf_vla.run import add_event
+from hf_vla.run import add_event, write_json
 
 MICRO_BATCH = "micro_batch.json"
+"""What was found to fit: in each checkpoint, and in the run itself once it had to stop for it."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,74 +32,144 @@ logger = logging.getLogger(__name__)
 class VLATrainer(Trainer):
     """Trainer whose loss is a mean over every valid action entry of an optimizer step, however the step is cut up.
 
+    Out of memory, an ordinary step is run again in smaller pieces (`memory/microbatch.py`). Two kinds of step can't be:
+    one with the optimizer in its backward has moved weights, and under sharding (FSDP, DeepSpeed) the other ranks wait in a
+    collective. There all ranks stop at once with exit code `ranks.RESTART`, and --resume goes on from the last checkpoint
+    with what is found to fit. Of sharding only this stopping is tested, since it can't run without GPUs.
+
     Args:
         recipe: the run, written into each checkpoint.
         processor: the processor that the collator uses, written into each checkpoint.
+        what_fits: says, for people, which recipe would fit; asked when nothing is left to try.
         kwargs: arguments of `transformers.Trainer`.
     """
 
-    def __init__(self, recipe: Recipe, processor: VLAProcessor, **kwargs):
+    def __init__(
+        self,
+        recipe: Recipe,
+        processor: VLAProcessor,
+        what_fits: Callable[[Recipe], str] = lambda recipe: "See what would fit with `hf-vla plan`.",
+        **kwargs,
+    ):
         super().__init__(processing_class=processor, **kwargs)
-        self.recipe = recipe
-        self.batcher = MicroBatcher(
-            model=self.model,
-            batch_size=recipe.data.batch_size,
-            rungs=self._rungs(),
-            on_event=self._tell,
-            has_headroom=self._has_headroom,
-        )
+        self.recipe, self.what_fits = recipe, what_fits
+        self.in_backward: OptimizerInBackward | None = None
+        size = recipe.data.batch_size
+        sizes = [size] if recipe.memory.optimizer_in_backward else divisors(size)
+        self.batcher = MicroBatcher(self.model, sizes, self._rungs(), self._tell)
+        size = self.args.per_device_eval_batch_size
+        self.evaluation_batcher = EvaluationBatcher([size] if self.is_sharded else divisors(size), self._tell)
+        self._restrict(Path(self.args.output_dir), "This run stopped for want of memory")
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Run one micro-step; after the last of an optimizer step, agree with the other ranks and average gradients."""
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # a sharded forward is itself a collective
-            return step(inputs)
         inputs = self._prepare_inputs(inputs)
-        inputs["draws"] = self.bare_model().draws(inputs["actions"])  # before any cut, so that pieces share them
-        with self.accelerator.no_sync(model):
-            loss = self.batcher.run(inputs, step)
+        if self.is_sharded:
+            return self._run_once(inputs, step)
+        if self.in_backward:
+            self._prove(inputs, step)
+            return self._run_once(inputs, step)
+        loss = self.batcher.run(inputs, step)
         if self.accelerator.sync_gradients:
-            self._finish_step(model)
+            self._agree()
+            ranks.average_gradients(self.model)
         return loss
 
-    def _finish_step(self, model: nn.Module) -> None:
-        agreed = agree(self.batcher.size, self.batcher.exhausted, self.args.device)
-        if agreed.exhausted:
-            self._give_up(model)
-        self.batcher.agree(agreed.size)
-        average_gradients(model)
-        self.batcher.finish_step()
+    def _agree(self) -> None:
+        fit = self.batcher.wish(partial(has_headroom, self.batcher.fit.size))
+        agreed = ranks.agree(fit, self.args.device)
+        if agreed.is_exhausted:
+            self._give_up()
+        self.batcher.finish_step(agreed)
 
-    def _give_up(self, model: nn.Module) -> None:
-        """End the run with nothing lost: the weights are those of the last whole step."""
-        model.zero_grad(set_to_none=True)
-        self._save_checkpoint(model, trial=None)
+    def _prove(self, inputs: dict, step: Callable[[dict], Tensor]) -> None:
+        """Make sure that a step fits before it moves the first weight."""
+        if not self.in_backward.is_proven(inputs):
+            with self.in_backward.rehearsal(inputs):
+                self.batcher.run(inputs, step)
+            self.batcher.rewind()
+        self._agree()
+
+    def _run_once(self, inputs: dict, step: Callable[[dict], Tensor]) -> Tensor:
+        loss = self.batcher.run_once(inputs, step)
+        if loss is None:
+            self._restart_smaller()
+        return loss
+
+    def _restart_smaller(self) -> NoReturn:
+        """Stop all ranks, for --resume to go on from the last checkpoint with the next thing to try."""
+        can_go_on = self.batcher.shrink()
+        self._save_fit(Path(self.args.output_dir))
+        if not can_go_on:
+            self._stop(f"Not even one sample fits. {self.what_fits(self.recipe)}")
+        self._stop("This step can't be run again: go on from the last checkpoint with --resume.", ranks.RESTART)
+
+    def _stop(self, text: str, code: int = 1) -> NoReturn:
+        """End this process and, through the launcher, those that may be waiting for it."""
+        if not ranks.is_alone():
+            logger.error(text)
+            ranks.stop_all_ranks(code)
+        if code == ranks.RESTART:
+            logger.error(text)
+            raise SystemExit(code)
+        raise MemoryBudgetError(text)
+
+    def _give_up(self) -> NoReturn:
+        """End the run, on all ranks together, with nothing lost: the weights are those of the last whole step."""
+        self.batcher.forget()
+        self.batcher.rewind()
+        self._save_checkpoint(self.model, trial=None)
         raise MemoryBudgetError(
-            f"Not even one sample fits, with {self.args.gradient_accumulation_steps} micro-steps a step. Step "
-            f"{self.state.global_step} is saved in {self.args.output_dir}. See what would fit with `hf-vla plan`, "
-            "and go on from there with --resume."
+            f"Not even one sample fits, whatever was tried. Step {self.state.global_step} is saved in "
+            f"{self.args.output_dir}; --resume goes on from it. {self.what_fits(self.recipe)}"
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluate one batch; where it doesn't fit, in halves, weighted by what counts in each."""
+        """Evaluate one batch; where it doesn't fit, in pieces, weighted by what counts in each."""
         step = partial(super().prediction_step, model, prediction_loss_only=True)
-        losses, counts = zip(*halves(lambda part: step(part)[0], self._prepare_inputs(inputs)), strict=True)
-        weights = torch.stack(counts) / sum(counts)
-        return (torch.stack(losses) * weights).sum(), None, None
+        inputs = self._prepare_inputs(inputs)
+        inputs["draws"] = self.bare_model().draws(inputs["actions"])
+        parts = self.evaluation_batcher.run(inputs, lambda part: (step(part)[0], (~part["action_is_pad"]).sum()))
+        if parts is None:
+            self._stop(
+                "Evaluation doesn't fit, though training did: has another process taken this GPU's memory? `hf-vla doctor` "
+                "says who holds what. Go on from the last checkpoint with --resume."
+            )
+        losses, counts = (torch.stack(values) for values in zip(*parts, strict=True))
+        return (losses * counts).sum() / counts.sum(), None, None
 
-    def _rungs(self) -> list:
-        """What is tried when one sample doesn't fit; recomputing activations costs time, and changes no number."""
-        if self.args.activation_checkpointing:
-            return []
-        return [("activation checkpointing", self.model.activation_checkpointing_enable)]
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer and, where the recipe says so, move its work into the backward."""
+        optimizer = super().create_optimizer(model)
+        if self.recipe.memory.optimizer_in_backward and self.in_backward is None:
+            average = (lambda parameter: None) if ranks.is_alone() else ranks.average
+            self.in_backward = OptimizerInBackward(optimizer, average)
+        return optimizer
 
-    def _has_headroom(self, size: int) -> bool:
-        """Whether the last peak, its activations scaled to pieces of `size`, stays under what the process may use."""
-        if not torch.cuda.is_available():
-            return True
-        peak, resting = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        free, _ = torch.cuda.mem_get_info()
-        return resting + (peak - resting) * size / self.batcher.size < 0.9 * (torch.cuda.memory_reserved() + free)
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader=None) -> nn.Module:
+        """Prepare autocast and device, and leave out DistributedDataParallel: `memory/ranks.py` does its work."""
+        if self.is_sharded or not training:
+            return super()._wrap_model(model, training, dataloader)
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model._is_accelerate_prepared = True  # accelerate's own mark; it wraps whatever hasn't got it
+        ranks.copy_from_first(model)
+        return model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the forward is itself a collective."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _rungs(self) -> list[Rung]:
+        """What is tried when one sample doesn't fit; it costs time, and changes no number."""
+        options = self.args.activation_checkpointing_kwargs or {}
+        enable, rungs = self.model.activation_checkpointing_enable, []
+        if not self.args.activation_checkpointing or options.get("every_n_layers", 1) > 1:
+            rungs.append(Rung("activation checkpointing", enable))
+        if self.args.device.type == "cuda" and not options.get("offload"):
+            rungs.append(Rung("activations offloaded to the host", partial(enable, offload=True)))
+        return rungs
 
     def _tell(self, kind: str, text: str) -> None:
         logger.warning(text)
@@ -108,12 +183,40 @@ class VLATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
-        save_checkpoint(self.bare_model(), self.processing_class, self.recipe, directory)
-        (directory / MICRO_BATCH).write_text(json.dumps({"size": self.batcher.size}) + "\n")
+        self._try_twice(
+            lambda: save_checkpoint(self.bare_model(), self.processing_class, self.recipe, directory), "The model"
+        )
+        self._save_fit(directory)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._try_twice(partial(super()._save_optimizer_and_scheduler, output_dir), "The optimizer")
+
+    def _try_twice(self, save: Callable[[], None], what: str) -> None:
+        """Save; out of memory, free what can be freed and save again."""
+        try:
+            return save()
+        except torch.OutOfMemoryError:
+            pass
+        self._tell(
+            "out_of_memory", f"{what} couldn't be saved for want of memory: trying again with all caches freed."
+        )
+        free_cache()
+        return save()
+
+    def _save_fit(self, directory: Path) -> None:
+        fit = self.batcher.fit
+        rungs = [rung.name for rung in self.batcher.rungs[: fit.rungs]]
+        write_json(directory / MICRO_BATCH, {"size": fit.size, "rungs": rungs})
+
+    def _restrict(self, directory: Path, reason: str) -> None:
+        file = directory / MICRO_BATCH
+        if file.is_file():
+            found = json.loads(file.read_text())
+            self.batcher.restrict(Fit(found["size"], len(found["rungs"])), reason)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.bare_model(), self.recipe, resume_from_checkpoint)
-        self.batcher.size = json.loads((Path(resume_from_checkpoint) / MICRO_BATCH).read_text())["size"]
+        self._restrict(Path(resume_from_checkpoint), "The checkpoint says what fitted")
 
     def _load_best_model(self) -> None:
         load_trained(self.bare_model(), self.recipe, self.state.best_model_checkpoint)
@@ -130,6 +233,7 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
         RecipeError: for values that TrainingArguments refuses, and for fp16 where there is no GPU to run it.
     """
     values = dict(recipe.training)
+    values.pop("push_to_hub", None)  # Trainer would ask the Hub before the first step; train.py pushes after the last
     if values.get("fp16") and not torch.cuda.is_available():
         raise RecipeError(
             "training.fp16 is true, but there is no GPU, and CPUs train silently in float32 then: "

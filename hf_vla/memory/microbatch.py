@@ -1,30 +1,51 @@
 """In-step recovery from out-of-memory: the same samples and random draws, in smaller pieces, at the same effective batch.
 
 An optimizer step is a list of micro-steps (gradient accumulation). When one of them doesn't fit, what it left in the
-gradients is worthless, so the whole optimizer step runs again from its first micro-step, each batch cut into pieces. The
-loss is a sum over entries divided by the step's own count, so pieces add up to the batch; random numbers are drawn for
-the whole batch and each piece takes its rows, so a piece sees what it would have seen.
-
-Letters: R rows (samples) of a batch.
+gradients is worthless, so the whole optimizer step runs again from its first micro-step, each batch cut into pieces.
+Several ranks recover alone, and agree once a step (`ranks.py`).
 """
 
 import gc
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from hf_vla.memory.pieces import (
+    Batch,
+    count_rows,
+    cut,
+    dropout_of_whole_batch,
+    generator_states,
+    set_generator_states,
+    take_rows,
+)
 
-Batch = dict[str, Any]
 GROW_AFTER = 50
 """Clean optimizer steps before a larger size is tried again; doubled each time that fails."""
+
+Tell = Callable[[str, str], None]
+"""Told of what happens, as (kind, text)."""
+
+
+class Rung(NamedTuple):
+    """One thing to try when a single sample doesn't fit; it changes no number."""
+
+    name: str
+    action: Callable[[], None]
+
+
+class Fit(NamedTuple):
+    """How a rank's batches go through its memory."""
+
+    size: int
+    """Rows at once."""
+    rungs: int = 0
+    """How many of the rungs are taken."""
+    is_exhausted: bool = False
+    """Whether nothing is left to try."""
 
 
 class MicroStep(NamedTuple):
@@ -39,61 +60,98 @@ class MicroBatcher:
     """Runs the micro-steps of an optimizer step, in the largest pieces that memory has allowed so far.
 
     Args:
-        model: the model whose dropout must draw alike in pieces.
-        batch_size: rows R of a whole batch.
-        size: rows that go through at once; found by recovery, kept in checkpoints.
-        rungs: what to try when a single row doesn't fit, in order: (name, action) pairs.
-        on_event: told of everything that changes, as (kind, text).
-        has_headroom: whether pieces of that many rows may be tried again.
+        model: draws what is random for a whole batch, and has the dropouts that must draw alike in pieces.
+        sizes: rows at once that may be tried, ascending; the last is the whole batch.
+        rungs: what to try when a single row doesn't fit, in order.
+        tell: told of everything that changes.
+        grow_after: clean optimizer steps before a larger size is tried.
     """
 
     model: nn.Module
-    batch_size: int
-    size: int | None = None
-    rungs: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
-    on_event: Callable[[str, str], None] = lambda kind, text: None
-    has_headroom: Callable[[int], bool] = lambda size: True
+    sizes: list[int]
+    rungs: list[Rung] = field(default_factory=list)
+    tell: Tell = lambda kind, text: None
     grow_after: int = GROW_AFTER
 
     def __post_init__(self):
-        self.size = self.size or self.batch_size
-        self.exhausted = False
-        self._history: list[MicroStep] = []
+        self.fit = Fit(self.sizes[-1])
+        self._micro_steps: list[MicroStep] = []
         self._clean_steps = 0
+        self._is_trial = False
 
     def run(self, batch: Batch, step: Callable[[Batch], Tensor]) -> Tensor:
-        """Run one micro-step; where it doesn't fit, run the optimizer step again so far, smaller.
+        """Run one micro-step; where it doesn't fit, run the optimizer step so far again, smaller.
 
         Args:
-            batch: the micro-step's samples, with the head's draws for all of them.
+            batch: the micro-step's samples.
             step: runs forward and backward of a piece and returns its loss, already divided by the step's count.
 
         Returns:
-            The micro-step's loss. Once `exhausted`, zero: not even one row fits, and the caller ends the run.
+            The micro-step's loss. Once exhausted, zero: not even one row fits, and the caller ends the run.
         """
-        self._history.append(MicroStep(batch, _generator_states()))
-        loss = self._attempt(self._history[-1:], step)
-        while loss is None and self._shrink():
-            self._forget_attempt()
-            loss = self._attempt(self._history, step)
+        self._micro_steps.append(MicroStep(batch, generator_states()))
+        loss = None if self.fit.is_exhausted else self._attempt(self._micro_steps[-1:], step)
+        while loss is None and self.shrink():
+            self.forget()
+            loss = self._attempt(self._micro_steps, step)
         return batch["actions"].new_zeros(()) if loss is None else loss
 
-    def finish_step(self) -> None:
-        """Count a whole optimizer step, and grow back after enough of them with headroom."""
-        self._history.clear()
-        self._clean_steps += 1
-        larger = _next_divisor(self.batch_size, self.size)
-        if larger and self._clean_steps >= self.grow_after and self.has_headroom(larger):
-            self._change_size(
-                larger, "micro_batch_grown", f"{self._clean_steps} clean steps: trying pieces of {larger}."
-            )
+    def run_once(self, batch: Batch, step: Callable[[Batch], Tensor]) -> Tensor | None:
+        """Run a micro-step that can't be run again, in pieces; None if memory ran out."""
+        return self._attempt([MicroStep(batch, generator_states())], step)
 
-    def agree(self, size: int) -> None:
-        """Take the size that all ranks agreed on."""
-        if size != self.size:
-            self._change_size(
-                size, "micro_batch_agreed", f"Another rank ran out of memory: pieces of {size} here too."
-            )
+    def wish(self, has_headroom: Callable[[int], bool]) -> Fit:
+        """Say what the next step should go with: as now, or larger after enough clean steps with headroom."""
+        larger = next((size for size in self.sizes if size > self.fit.size), None)
+        if larger and self._clean_steps + 1 >= self.grow_after and has_headroom(larger):
+            return self.fit._replace(size=larger)
+        return self.fit
+
+    def finish_step(self, agreed: Fit) -> None:
+        """End an optimizer step, and go on as all ranks agreed."""
+        self._micro_steps.clear()
+        self._clean_steps += 1
+        if agreed.size > self.fit.size:
+            text = f"{self._clean_steps} steps fitted in pieces of {self.fit.size}: trying pieces of {agreed.size}."
+            self._go_on(agreed, "micro_batch_grown", text)
+            self._is_trial = True
+        self.restrict(agreed, "Another rank ran out of memory")
+
+    def restrict(self, fit: Fit, reason: str) -> None:
+        """Take what another rank, or an earlier part of the run, found to fit, where that is less."""
+        for rung in self.rungs[self.fit.rungs : fit.rungs]:
+            rung.action()
+        narrower = Fit(min(fit.size, self.fit.size), max(fit.rungs, self.fit.rungs), self.fit.is_exhausted)
+        if narrower != self.fit:
+            names = [rung.name for rung in self.rungs[: narrower.rungs]]
+            self._go_on(narrower, "micro_batch_agreed", f"{reason}: {_describe(narrower.size, names)} here too.")
+
+    def shrink(self) -> bool:
+        """Go one size down, or one rung on; False when nothing is left to try."""
+        self._back_off()
+        smaller = max((size for size in self.sizes if size < self.fit.size), default=None)
+        if smaller:
+            text = f"{self.fit.size} samples at once don't fit: running them in pieces of {smaller}."
+            self._go_on(self.fit._replace(size=smaller), "out_of_memory", text)
+        elif self.fit.rungs < len(self.rungs):
+            rung = self.rungs[self.fit.rungs]
+            rung.action()
+            text = f"{self.fit.size} at once don't fit, and can't be cut: going on with {rung.name}."
+            self._go_on(self.fit._replace(rungs=self.fit.rungs + 1), "out_of_memory", text)
+        elif not self.fit.is_exhausted:
+            text = f"{self.fit.size} at once don't fit, and nothing is left to try."
+            self._go_on(self.fit._replace(is_exhausted=True), "out_of_memory", text)
+        return not self.fit.is_exhausted
+
+    def forget(self) -> None:
+        """Free what a failed attempt holds: partial gradients, and blocks that the allocator keeps."""
+        self.model.zero_grad(set_to_none=True)
+        free_cache()
+
+    def rewind(self) -> None:
+        """Put the generators back to where the unfinished optimizer step began."""
+        if self._micro_steps:
+            set_generator_states(self._micro_steps[0].generators)
 
     def _attempt(self, micro_steps: list[MicroStep], step: Callable[[Batch], Tensor]) -> Tensor | None:
         """Run micro-steps and return the last one's loss; None if memory ran out.
@@ -109,124 +167,73 @@ class MicroBatcher:
         return None
 
     def _run_in_pieces(self, micro_step: MicroStep, step: Callable[[Batch], Tensor]) -> Tensor:
-        rows = _count_rows(micro_step.batch)
-        if rows <= self.size:
-            _set_generator_states(micro_step.generators)
-            return step(micro_step.batch)
-        loss = micro_step.batch["actions"].new_zeros(())
-        for start in range(0, rows, self.size):
-            _set_generator_states(micro_step.generators)
-            piece = slice(start, min(start + self.size, rows))
-            with draws_of_whole_batch(self.model, piece, rows):
-                loss = loss + step(_take_rows(micro_step.batch, piece, rows))
+        set_generator_states(micro_step.generators)
+        batch = {**micro_step.batch, "draws": self.model.draws(micro_step.batch["actions"])}
+        rows = count_rows(batch)
+        if rows <= self.fit.size:
+            return step(batch)
+        drawn, loss = generator_states(), batch["actions"].new_zeros(())
+        for piece in cut(rows, self.fit.size):
+            set_generator_states(drawn)
+            with dropout_of_whole_batch(self.model, piece, rows):
+                loss = loss + step(take_rows(batch, piece))
         return loss
 
-    def _shrink(self) -> bool:
-        """Go one size down, or one rung on; False when nothing is left to try."""
-        smaller = _previous_divisor(self.batch_size, self.size)
-        if smaller:
-            self.grow_after *= 2 if self._clean_steps < self.grow_after else 1
-            text = f"{self.size} samples at once don't fit: running the step again in pieces of {smaller}."
-            self._change_size(smaller, "out_of_memory", text)
-            return True
-        if self.rungs:
-            name, action = self.rungs.pop(0)
-            action()
-            self.on_event("out_of_memory", f"One sample doesn't fit: running the step again with {name}.")
-            return True
-        self.exhausted = True
-        self.on_event("out_of_memory", "One sample doesn't fit, and nothing is left to try.")
-        return False
+    def _back_off(self) -> None:
+        """Wait longer before growing again, if what failed was a trial."""
+        if self._is_trial and self._clean_steps < self.grow_after:
+            self.grow_after *= 2
+        self._is_trial = False
 
-    def _change_size(self, size: int, kind: str, text: str) -> None:
-        self.size, self._clean_steps = size, 0
-        self.on_event(kind, text)
-
-    def _forget_attempt(self) -> None:
-        """Free what the failed attempt holds: partial gradients, and blocks the allocator keeps."""
-        self.model.zero_grad(set_to_none=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _go_on(self, fit: Fit, kind: str, text: str) -> None:
+        self.fit, self._clean_steps = fit, 0
+        self.tell(kind, text)
 
 
-@contextmanager
-def draws_of_whole_batch(model: nn.Module, piece: slice, rows: int) -> Iterator[None]:
-    """Let every dropout draw its mask for the whole batch of `rows` and use the rows of `piece`.
+@dataclass
+class EvaluationBatcher:
+    """Runs batches that leave no gradients, each in the largest pieces that memory has allowed so far.
 
-    Modules are changed, not a mode set: activation checkpointing recomputes the forward on the autograd engine's own
-    threads, where a mode of this thread isn't on.
+    Args:
+        sizes: rows at once that may be tried, ascending; the last is the whole batch.
+        tell: told of everything that changes.
     """
-    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    for module in dropouts:
-        module.forward = partial(_dropout_rows, module, piece, rows)
-    try:
-        yield
-    finally:
-        for module in dropouts:
-            del module.forward
+
+    sizes: list[int]
+    tell: Tell = lambda kind, text: None
+
+    def run(self, batch: Batch, step: Callable[[Batch], Any]) -> list[Any] | None:
+        """Run `step` on a batch, in pieces if need be.
+
+        Returns:
+            The result of each piece; None if not even the smallest fits.
+        """
+        while self.sizes:
+            try:
+                return [step(take_rows(batch, piece)) for piece in cut(count_rows(batch), self.sizes[-1])]
+            except torch.OutOfMemoryError:
+                pass
+            self._shrink()
+        return None
+
+    def _shrink(self) -> None:
+        size = self.sizes.pop()
+        free_cache()
+        now = f"going on in pieces of {self.sizes[-1]}" if self.sizes else "nothing is left to try"
+        self.tell("out_of_memory", f"{size} samples can't be evaluated at once: {now}.")
 
 
-def _dropout_rows(module: nn.Dropout, piece: slice, rows: int, x: Tensor) -> Tensor:
-    if not module.training:
-        return x
-    per_row = x.shape[0] // (piece.stop - piece.start)  # VGGT's frame blocks see a row's views as rows of their own
-    whole = F.dropout(x.new_ones(rows * per_row, *x.shape[1:]), module.p)
-    return x * whole[piece.start * per_row : piece.stop * per_row]
+def free_cache() -> None:
+    """Free what nobody holds: cycles of Python objects, and blocks that the allocator keeps."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
-def halves(step: Callable[[Batch], Tensor], batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Run `step` on a batch; where it doesn't fit, on its halves, and so on down to one sample.
-
-    Returns:
-        (result, count of valid action steps) of each part that ran.
-
-    Raises:
-        torch.OutOfMemoryError: if a single sample doesn't fit.
-    """
-    rows = _count_rows(batch)
-    try:
-        return [(step(batch), (~batch["action_is_pad"]).sum())]
-    except torch.OutOfMemoryError:
-        if rows == 1:
-            raise
-    return [
-        result
-        for part in (slice(0, rows // 2), slice(rows // 2, rows))
-        for result in halves(step, _take_rows(batch, part, rows))
-    ]
+def _describe(size: int, rungs: list[str]) -> str:
+    return " and ".join([f"pieces of {size}", *rungs])
 
 
-def _take_rows(batch: Batch, piece: slice, rows: int) -> Batch:
-    """Cut every tensor that has a row a sample; dictionaries of tensors (the head's draws) likewise."""
-    return {
-        name: _take_rows(value, piece, rows)
-        if isinstance(value, dict)
-        else value[piece]
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows
-        else value
-        for name, value in batch.items()
-    }
-
-
-def _count_rows(batch: Batch) -> int:
-    return batch["actions"].shape[0]
-
-
-def _next_divisor(batch_size: int, size: int) -> int | None:
-    return next((n for n in range(size + 1, batch_size + 1) if batch_size % n == 0), None)
-
-
-def _previous_divisor(batch_size: int, size: int) -> int | None:
-    return next((n for n in range(size - 1, 0, -1) if batch_size % n == 0), None)
-
-
-def _generator_states() -> list[Tensor]:
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _set_generator_states(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
+def divisors(number: int) -> list[int]:
+    """List what divides a number, ascending: pieces of such a size are all alike."""
+    return [n for n in range(1, number + 1) if number % n == 0]
