@@ -18,7 +18,9 @@ from hf_vla.rollout.metaworld_env import graphics_problem
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/tiny.json"
 SAMPLE = ROOT / "tests/data/metaworld_sample"
-RECORDING = ["--episodes", "150", "--workers", "2"]
+EPISODES = {"button-press-topdown-v3": 150, "reach-v3": 200, "faucet-open-v3": 120, "faucet-close-v3": 120}
+DISTURBED = ["--noise", "0.7", "--noise-std", "0.5"]
+"""Most demonstrations are pushed off their way, so that the policy learns to come back."""
 
 
 def main() -> None:
@@ -56,8 +58,8 @@ def record(dataset: Path) -> Path:
     shown = ["--image-size", str(wanted["image_size"]), "--action-repeat", str(wanted["action_repeat"])]
     for camera, degrees in wanted["field_of_view"].items():
         shown += ["--field-of-view", f"{camera}={degrees}"]
-    tasks = [word for task in wanted["tasks"] for word in ("--task", task)]
-    run(sys.executable, ROOT / "data_scripts/record_metaworld.py", "--out", dataset, *tasks, *shown, *RECORDING)
+    tasks = [word for task in wanted["tasks"] for word in ("--task", f"{task}={EPISODES[task]}")]
+    run(sys.executable, ROOT / "data_scripts/record_metaworld.py", "--out", dataset, *tasks, *shown, *DISTURBED)
     return dataset
 
 

@@ -8,6 +8,8 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+Recipe = Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 
 
@@ -15,6 +17,23 @@ Run = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 def _configure() -> None:
     """Plan, prove, survive: fine-tune a vision-language-action policy inside a GPU memory budget."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+@app.command()
+def doctor(
+    recipe_file: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Go through the checklist before a training: memory, who holds it, batch, precision, weights, data, disk."""
+    from hf_vla.memory.check import checks_to_json, format_checks
+    from hf_vla.memory.preflight import run_checks
+    from hf_vla.recipe import load_recipe
+
+    checks = run_checks(load_recipe(recipe_file, overrides))
+    typer.echo(checks_to_json(checks) if as_json else format_checks(checks))
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -39,6 +58,29 @@ def report(run: Run) -> None:
     from hf_vla.report import write_report
 
     typer.echo(write_report(run))
+
+
+@app.command()
+def merge(run: Run, output: Annotated[Path | None, typer.Option(help="RUN/merged by default.")] = None) -> None:
+    """Merge a run's adapters into its backbones: one model that opens with torch and transformers alone."""
+    from hf_vla.merge import merge as merge_checkpoint
+    from hf_vla.run import MODEL, check_finished
+
+    check_finished(run)
+    merge_checkpoint(run / MODEL, output or run / "merged")
+
+
+@app.command()
+def push(
+    run: Run,
+    repo_id: Annotated[str | None, typer.Argument(help="user/name; the recipe's hub.repo_id by default.")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="The recipe's by default.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Push the whole model, adapters merged.")] = False,
+) -> None:
+    """Push a finished run to the Hugging Face Hub: what was trained, its recipe, its results and a model card."""
+    from hf_vla import hub
+
+    typer.echo(hub.push(run, repo_id, private, merged))
 
 
 def main() -> None:

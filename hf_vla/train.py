@@ -15,8 +15,12 @@ from hf_vla.checkpoint import save_checkpoint
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
 from hf_vla.data.windows import WindowDataset
+from hf_vla.hub import push_if_asked
 from hf_vla.lora import count_parameters
 from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.check import format_checks, refuse_on_failure
+from hf_vla.memory.monitor import MemoryMonitor
+from hf_vla.memory.preflight import run_checks
 from hf_vla.model.image_processing_vla import resize_view, stack_views
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
@@ -40,11 +44,14 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
+    trainer.add_callback(MemoryMonitor(output, log=trainer.log))
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)
         write_results(trainer, result.metrics, output)
     PartialState().wait_for_everyone()
+    if trainer.is_world_process_zero():  # last, since the others would wait for it no longer than a collective may take
+        push_if_asked(output, recipe)
     return output
 
 
@@ -121,15 +128,31 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Train even if the doctor advises against it.")] = False,
 ) -> None:
     """Train a policy as a recipe says."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
-        directory = train(recipe, output or Path("runs") / recipe_file.stem, resume)
+        ask_doctor(recipe, output, anyway)
+        train(recipe, output, resume)
     except (ValueError, OSError, MemoryBudgetError) as error:
         raise SystemExit(f"Error: {error}") from None
-    logger.info("Trained: %s; report: %s", directory / run.MODEL, directory / "report.html")
+    logger.info("Trained: %s; report: %s", output / run.MODEL, output / "report.html")
+
+
+def ask_doctor(recipe: Recipe, output: Path, anyway: bool) -> None:
+    """Go through the checklist and show it; refuse what can't work, unless told otherwise.
+
+    Raises:
+        RecipeError: listing what failed.
+    """
+    checks = run_checks(recipe, output, processes=PartialState().num_processes)
+    if PartialState().is_main_process:
+        logger.info(format_checks(checks))
+    if not anyway:
+        refuse_on_failure(checks)
 
 
 if __name__ == "__main__":
