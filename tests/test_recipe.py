@@ -68,6 +68,16 @@ def test_overrides_reach_nested_keys(tmp_path):
         ({"model": {"freeze_lang_encoder": False}, "lora": {"apply_to": ["lang_encoder"]}}, ["lora.apply_to"]),
         ({"model": {"freeze_lang_encoder": False, "quantization": "nf4"}}, ["quantised weights can't be trained"]),
         ({"model": {"fusion": {"align_weight": 0.1}}}, ["align_weight", "prefix"]),
+        ({"model": {"fusion": {"hidden_size": 100}}}, ["num_heads is 16", "hidden_size 100"]),
+        (
+            {"model": {"fusion": {"type": "prefix", "align_weight": 0.1}}, "memory": {"cache": ["vggt"]}},
+            ["memory.cache names 'vggt'", "align_weight"],
+        ),
+        (
+            {"model": {"fusion": {"type": "prefix"}}, "memory": {"cache": ["lang_encoder"]}},
+            ["memory.cache names 'lang_encoder'", "prefix"],
+        ),
+        ({"model": {"vggt": {"depth": 2}, "outputs": "geometry"}}, ["model.outputs", "random", "facebook/VGGT-1B"]),
         ({"model": {"prompt": "do it"}}, ["{task}"]),
     ],
 )

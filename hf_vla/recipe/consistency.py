@@ -1,5 +1,6 @@
 """What a recipe can't ask for: shapes that no model has, and two answers to one question."""
 
+import re
 from typing import Any
 
 from hf_vla.recipe.sections import Recipe, RecipeError
@@ -13,6 +14,9 @@ def check_consistency(recipe: Recipe) -> None:
     """
     _check_geometry(recipe)
     _check_one_answer(recipe)
+    _check_fusion(recipe)
+    _check_outputs(recipe)
+    _check_hub(recipe)
 
 
 def _check_geometry(recipe: Recipe) -> None:
@@ -47,11 +51,48 @@ def _check_one_answer(recipe: Recipe) -> None:
         _check_in_backward(training)
     if training.get("bf16") and training.get("fp16"):
         raise RecipeError("training.bf16 and training.fp16 are both true; bf16 is the default: set it false.")
-    if model.fusion.align_weight and (not model.freeze_vggt or "vggt" in recipe.lora.apply_to):
-        raise RecipeError("model.fusion.align_weight takes VGGT for a fixed target: freeze it, without adapters.")
-    if model.fusion.align_weight and model.fusion.type != "prefix":
+
+
+def _check_fusion(recipe: Recipe) -> None:
+    """Refuse parts that can't give each other what they read."""
+    model, fusion, cached = recipe.model, recipe.model.fusion, recipe.memory.cache
+    if fusion.type != "prefix" and fusion.hidden_size % fusion.num_heads:
+        raise RecipeError(
+            f"model.fusion.num_heads is {fusion.num_heads}, which doesn't divide its hidden_size {fusion.hidden_size}."
+        )
+    if fusion.align_weight and fusion.type != "prefix":
         raise RecipeError(
             "model.fusion.align_weight needs fusion.type prefix: there LLaMA has states at view positions."
+        )
+    if fusion.align_weight and (not model.freeze_vggt or "vggt" in recipe.lora.apply_to):
+        raise RecipeError("model.fusion.align_weight takes VGGT for a fixed target: freeze it, without adapters.")
+    if fusion.align_weight and "vggt" in cached:
+        raise RecipeError(
+            "memory.cache names 'vggt', but with model.fusion.align_weight the policy looks at the pictures themselves: "
+            "take 'vggt' out of memory.cache, or set align_weight to 0."
+        )
+    if fusion.type == "prefix" and "lang_encoder" in cached:
+        raise RecipeError(
+            "memory.cache names 'lang_encoder', but in model.fusion.type prefix it reads the views too, and its outputs "
+            "change as the fusion trains: take it out of memory.cache, or choose cross_attention or gated."
+        )
+
+
+def _check_outputs(recipe: Recipe) -> None:
+    """Refuse to show what random heads see."""
+    if recipe.model.outputs == "geometry" and isinstance(recipe.model.vggt, dict):
+        raise RecipeError(
+            "model.outputs is 'geometry', which shows what trained camera and depth heads see, but model.vggt holds config "
+            "keys, so its weights are random: name trained weights such as facebook/VGGT-1B, or set outputs to 'actions'."
+        )
+
+
+def _check_hub(recipe: Recipe) -> None:
+    """Refuse a push that has nowhere to go, before days of training and not after."""
+    repo_id = recipe.hub.repo_id
+    if recipe.training.get("push_to_hub") and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id or ""):
+        raise RecipeError(
+            f"training.push_to_hub is true, and hub.repo_id is {repo_id!r}: give it as user/name, or set push_to_hub false."
         )
 
 
