@@ -84,6 +84,17 @@ def build_model(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
     return model
 
 
+def build_on_meta(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
+    """Build what `build_model` builds, on the meta device: every shape, dtype, quantised layer and adapter, no weights."""
+    model = empty_model(config)
+    dtype = getattr(torch, recipe.model.dtype)
+    for backbone in (model.model.vggt, model.model.lang_encoder):
+        backbone.to(dtype)
+    weights.quantize_skeleton(model.model.lang_encoder, recipe.model.quantization)
+    make_trainable(model, recipe)
+    return model
+
+
 def empty_model(config: VLAConfig) -> VLAForActionPrediction:
     """Build the model's tree on the meta device, where a 7B costs nothing."""
     with torch.device("meta"):

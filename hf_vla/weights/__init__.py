@@ -3,7 +3,7 @@
 A source is a Hub id, a folder, a file (VGGT only), or a dict of config keys for random weights.
 """
 
-from .decoder import lang_encoder_config, load_lang_encoder
+from .decoder import lang_encoder_config, load_lang_encoder, quantize_skeleton
 from .geometry import load_geometry_heads
 from .tokenizer import byte_tokenizer, load_tokenizer
 from .vggt import load_vggt, vggt_config
@@ -15,5 +15,6 @@ __all__ = [
     "load_lang_encoder",
     "load_tokenizer",
     "load_vggt",
+    "quantize_skeleton",
     "vggt_config",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from .checks import check_keys, check_nothing_wrong
@@ -81,6 +82,15 @@ def load_lang_encoder(
         return _load(source, dtype, bnb_config)
     model = AutoModel.from_config(_config_of_keys(source), dtype=dtype, attn_implementation="sdpa")
     return _quantized_copy(model, dtype, bnb_config) if bnb_config else model.eval()
+
+
+def quantize_skeleton(model: PreTrainedModel, quantization: str) -> None:
+    """Replace the linear layers of a decoder on the meta device by quantised ones, as loading it would."""
+    bnb_config = _quantization_config(quantization)
+    if bnb_config is not None:
+        quantizer = AutoHfQuantizer.from_config(bnb_config)
+        quantizer.preprocess_model(model, device_map=None)
+        quantizer.postprocess_model(model)
 
 
 def _require_config(source: str):

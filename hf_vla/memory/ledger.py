@@ -1,0 +1,125 @@
+"""The ledger of a traced run: every block of memory that came and went, and the questions one asks of it.
+
+A block's size is affine in the micro-batch, and the order of events doesn't depend on it. So the ledgers of two
+micro-batches give, event by event, the ledger of any other: `Ledger.at_batch` is exact, where a line through two peaks
+would not be (the peak of a larger batch may lie in another place).
+
+Letters: E events of the ledger.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+COMPONENTS = ("vggt", "language", "fusion", "head", "batch", "other")
+KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries", "host")
+PHASES = ("loading", "forward", "backward", "step", "evaluation", "saving")
+
+BLOCK = 512
+"""Bytes that CUDA's caching allocator rounds each block up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Signed events in the order in which they happened; a relabelling is two events of one block."""
+
+    size: np.ndarray
+    """(E,) int64: bytes asked for, positive where a block comes, negative where it goes."""
+    slot: np.ndarray
+    """(E,) int: `slot_of` the block's component and kind."""
+    block: np.ndarray
+    """(E,) int: which block."""
+    phase: np.ndarray
+    """(E,) int: index into `PHASES`."""
+    relabels: np.ndarray
+    """(E,) bool: True where only the label of a block changes, not its memory."""
+    per_sample: np.ndarray | None = None
+    """(E,) int64: growth of `size` with each sample of the micro-batch; None before two ledgers are joined."""
+    batch_size: int = 1
+    """The micro-batch that `size` is for."""
+
+    def at_batch(self, batch_size: int) -> "Ledger":
+        """Give the ledger of another micro-batch.
+
+        Raises:
+            ValueError: if this is a ledger of one micro-batch only.
+        """
+        if batch_size == self.batch_size:
+            return self
+        if self.per_sample is None:
+            raise ValueError("A ledger of one micro-batch knows no other; `join` it with a second one.")
+        size = self.size + self.per_sample * (batch_size - self.batch_size)
+        return replace(self, size=size, batch_size=batch_size)
+
+    def sharded(self, gpus: int) -> "Ledger":
+        """Divide weights, gradients and optimizer states over GPUs, as full sharding does."""
+        if gpus == 1:
+            return self
+        divisor = np.where(np.isin(self.slot % len(KINDS), [0, 1, 2]), gpus, 1)
+        shares = -(-np.abs(self.size) // divisor) * np.sign(self.size)
+        return replace(self, size=shares, per_sample=None)
+
+    def totals(self) -> np.ndarray:
+        """Give the device's bytes after each event, each block rounded as CUDA rounds it."""
+        return np.cumsum(np.where(self.slot % len(KINDS) == KINDS.index("host"), 0, self.rounded()))
+
+    def rounded(self) -> np.ndarray:
+        """Give each event's size rounded up to whole blocks."""
+        return -(-np.abs(self.size) // BLOCK) * BLOCK * np.sign(self.size)
+
+    def peak(self, phase: str | None = None) -> tuple[int, int]:
+        """Find the most bytes on the device, in one phase or in all after loading, and the event that reaches them.
+
+        The last such event counts: labels of gradients and states are complete by then.
+        """
+        inside = self.phase > 0 if phase is None else self.phase == PHASES.index(phase)
+        totals = np.where(inside, self.totals(), -1)
+        event = len(totals) - 1 - int(np.argmax(totals[::-1]))
+        return max(int(totals[event]), 0), event
+
+    def host_peak(self) -> int:
+        """Give the most bytes held in the host's memory instead of the device's."""
+        on_host = self.slot % len(KINDS) == KINDS.index("host")
+        return int(np.cumsum(np.where(on_host, self.size, 0)).max(initial=0))
+
+    def breakdown(self, event: int) -> dict[str, dict[str, int]]:
+        """Split the device's bytes just after an event by component, then by kind; empty ones left out."""
+        sums = np.bincount(self.slot[: event + 1], self.rounded()[: event + 1], len(COMPONENTS) * len(KINDS))
+        table = sums.astype(np.int64).reshape(len(COMPONENTS), len(KINDS))[:, :-1]
+        return {
+            component: {kind: int(table[i, j]) for j, kind in enumerate(KINDS[:-1]) if table[i, j]}
+            for i, component in enumerate(COMPONENTS)
+            if table[i].any()
+        }
+
+
+def slot_of(component: str, kind: str) -> int:
+    """Number a component and kind."""
+    return COMPONENTS.index(component) * len(KINDS) + KINDS.index(kind)
+
+
+def sort_frees(size: np.ndarray, block: np.ndarray, relabels: np.ndarray) -> np.ndarray:
+    """Give the order of events in which blocks that go one right after another go by number.
+
+    They go at one moment, and in no order of their own: autocast empties its cache in the order of a hash table.
+    """
+    goes = (size < 0) & ~relabels
+    moment = np.cumsum(~goes | ~np.r_[False, goes[:-1]])
+    return np.lexsort((np.where(goes, block, 0), moment))
+
+
+def join(small: Ledger, large: Ledger) -> Ledger:
+    """Join the ledgers of two micro-batches into one that knows every micro-batch.
+
+    Raises:
+        ValueError: if they don't hold the same events, so that nothing between or beyond them is known.
+    """
+    if not np.array_equal(small.slot, large.slot) or not np.array_equal(small.block, large.block):
+        raise ValueError(
+            f"Micro-batches {small.batch_size} and {large.batch_size} run through different events "
+            f"({len(small.slot)} and {len(large.slot)}): trace the micro-batch itself."
+        )
+    growth, rest = np.divmod(large.size - small.size, large.batch_size - small.batch_size)
+    if rest.any():
+        raise ValueError(f"{np.count_nonzero(rest)} blocks don't grow evenly with the micro-batch.")
+    return replace(small, per_sample=growth)

@@ -1,0 +1,184 @@
+"""The trace: real training steps of a recipe's own model under fake tensors, on a machine without a GPU.
+
+Model, adapters, quantised layers, autocast, activation checkpointing and optimizer are those that training uses; only the
+numbers in the tensors are missing. What differs on a GPU is in `cuda_rules.py`.
+
+Letters: B batch, V views, g grid side after pooling, L text tokens, D LLaMA width, C VGGT width, T chunk length, A action
+dims, S state dims.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_vla.assemble import build_config, build_on_meta
+from hf_vla.lora import count_parameters
+from hf_vla.memory.cuda_rules import CudaAutocast, offloading, workspace_bytes
+from hf_vla.memory.ledger import Ledger, join
+from hf_vla.memory.materialize import fake_tables, fill_with_fake
+from hf_vla.memory.rehearsal import Rehearsal
+from hf_vla.memory.tracker import MemoryTracker
+from hf_vla.memory.work import Work, join_work
+from hf_vla.model.configuration_vla import VLAConfig
+from hf_vla.model.modeling_vla import VLAForActionPrediction
+from hf_vla.recipe import Recipe
+
+SMALL, LARGE = 2, 3
+"""Micro-batches that are traced to know all; 1 is left out, since torch takes short cuts for axes of length 1."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the data brings that the recipe doesn't say."""
+
+    num_views: int = 2
+    state_dim: int = 8
+    action_dim: int = 7
+    text_tokens: int = 64
+    """Of the longest prompt."""
+    assumed: tuple[str, ...] = ("num_views", "state_dim", "action_dim", "text_tokens")
+    """Which of these are stated defaults, for want of the dataset or the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a recipe's run holds and does, at one micro-batch or, if joined, at any."""
+
+    ledger: Ledger
+    work: Work
+    parameters: dict[str, int]
+    """Trained and frozen."""
+    trained_bytes: int
+    """Of the parameters that train."""
+    largest_unit: int
+    """Bytes of the largest layer, which full sharding gathers whole."""
+    large_work: Work | None = None
+    """The work of another micro-batch, so that any can be known."""
+
+    def at_batch(self, batch_size: int) -> "Trace":
+        """Give the trace of another micro-batch; for those that `trace_any_batch` gives."""
+        if batch_size == self.ledger.batch_size:
+            return self
+        work = join_work(self.work, self.large_work, batch_size)
+        return replace(self, ledger=self.ledger.at_batch(batch_size), work=work)
+
+
+def trace(recipe: Recipe, shapes: Shapes, batch_size: int | None = None, in_full: bool = False) -> Trace:
+    """Trace a recipe's training, evaluation and checkpoint writing at one micro-batch.
+
+    Args:
+        recipe: the run.
+        shapes: what its data brings.
+        batch_size: the micro-batch; None takes the recipe's.
+        in_full: two optimizer steps of two micro-steps each, instead of a last micro-step beside warmed-up states and
+            gradients; the peaks are the same.
+    """
+    config = build_config(recipe, shapes.num_views, shapes.state_dim, shapes.action_dim)
+    model = build_on_meta(recipe, config)
+    size = batch_size or recipe.data.batch_size
+    tracker = MemoryTracker(workspace_bytes)
+    with without_cycles(), fake_tables(), FakeTensorMode(), CudaAutocast():
+        rehearse(recipe, model, shapes, size, tracker, fill_with_fake, in_full)
+    return Trace(
+        replace(tracker.ledger(), batch_size=size),
+        replace(tracker.work(), batch_size=size),
+        count_parameters(model),
+        sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        largest_unit(model),
+    )
+
+
+def trace_any_batch(recipe: Recipe, shapes: Shapes) -> Trace:
+    """Trace two micro-batches and join them to a trace that knows every micro-batch (of 2 and more) exactly."""
+    small, large = (trace(recipe, shapes, size) for size in (SMALL, LARGE))
+    return replace(small, ledger=join(small.ledger, large.ledger), large_work=large.work)
+
+
+def rehearse(
+    recipe: Recipe,
+    model: VLAForActionPrediction,
+    shapes: Shapes,
+    batch_size: int,
+    tracker: MemoryTracker,
+    fill: Callable[[nn.Module], None],
+    in_full: bool,
+) -> None:
+    """Run training steps, an evaluation batch and a checkpoint under the tracker.
+
+    Args:
+        recipe, shapes, batch_size, in_full: as `trace` takes them.
+        model: the recipe's model on the meta device.
+        tracker: sees it all.
+        fill: replaces the model's meta tensors by fake or real ones.
+    """
+    leave_out_cached(model, recipe)
+    fill(model)
+    accumulation = recipe.training["gradient_accumulation_steps"]
+    eval_size = recipe.training.get("per_device_eval_batch_size", batch_size)
+    with offloading(tracker), tracker:
+        rehearsal = Rehearsal(recipe, model, tracker)
+        # Trainer fetches all micro-batches of a step before the first, and holds them until the next step's are there
+        batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
+        for batch in batches:
+            tracker.label(batch.values(), "batch", "activations")
+        if in_full:
+            rehearsal.train_step(batches[:2])
+            rehearsal.train_step(batches[:2])
+        else:
+            rehearsal.warm_up(accumulates=accumulation > 1)
+            rehearsal.train_step(batches[:1])
+        rehearsal.evaluate(make_batch(model.config, shapes, recipe, eval_size))
+        rehearsal.save()
+
+
+def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: int) -> dict[str, Tensor]:
+    """Make a batch as the collator would, of zeros: pixels or cached features, ids or cached states."""
+    B, V, L, size = batch_size, shapes.num_views, shapes.text_tokens, recipe.data.image_size
+    dtype = getattr(torch, recipe.model.dtype)
+    batch = {
+        "state": torch.zeros(B, shapes.state_dim),
+        "actions": torch.zeros(B, config.chunk_size, shapes.action_dim),
+        "action_is_pad": torch.zeros(B, config.chunk_size, dtype=torch.bool),
+        "attention_mask": torch.ones(B, L, dtype=torch.long),
+    }
+    if "vggt" in recipe.memory.cache:
+        width = 2 * config.vggt_config.embed_dim
+        batch["view_features"] = torch.zeros(B, V, config.pool_grid**2, width, dtype=dtype)
+    else:
+        batch["pixel_values"] = torch.zeros(B, V, 3, size, size)
+    if "lang_encoder" in recipe.memory.cache:
+        batch["text_features"] = torch.zeros(B, L, config.text_config.hidden_size, dtype=dtype)
+    else:
+        batch["input_ids"] = torch.zeros(B, L, dtype=torch.long)
+    return batch
+
+
+def leave_out_cached(model: VLAForActionPrediction, recipe: Recipe) -> None:
+    """Drop the backbones whose outputs come from the cache."""
+    for name in recipe.memory.cache:
+        setattr(model.model, name, None)
+
+
+def largest_unit(model: nn.Module) -> int:
+    """Give the bytes of the largest repeated layer, or of what lies outside all of them if that is more."""
+    layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    return max([*sizes, sum(p.nbytes for p in model.parameters()) - sum(sizes)])
+
+
+@contextmanager
+def without_cycles() -> Iterator[None]:
+    """Hold the garbage collector still, so that two traces free everything at the same events."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
