@@ -9,6 +9,7 @@ commands, so that recoveries are in the data and the noise isn't.
 
 import dataclasses
 import io
+import itertools
 import multiprocessing
 import os
 import warnings
@@ -53,6 +54,8 @@ class Settings:
     """Share of the attempts that are disturbed."""
     noise_std: float
     """Of the noise on the three directions of movement, in units of the action."""
+    noise_steps: int
+    """Actions from the start that are disturbed; the rest of the episode shows how to come back and finish."""
     store: Store
 
 
@@ -108,10 +111,11 @@ def _noise(seed: int, settings: Settings) -> Iterator[np.ndarray]:
     disturbed = torch.rand((), generator=generator) < settings.noise_share
     fresh = np.sqrt(1 - NOISE_MEMORY**2)  # keeps the spread at noise_std however long it goes on
     noise = np.zeros(3)
-    while True:
+    for _ in range(settings.noise_steps * bool(disturbed)):
         draw = torch.randn(3, generator=generator).numpy()
-        noise = NOISE_MEMORY * noise + fresh * settings.noise_std * draw * bool(disturbed)
+        noise = NOISE_MEMORY * noise + fresh * settings.noise_std * draw
         yield noise
+    yield from itertools.repeat(np.zeros(3))
 
 
 def _columns(rows: list[tuple[dict[str, Any], np.ndarray]], settings: Settings) -> dict[str, Any]:
@@ -211,6 +215,7 @@ def main(
     action_repeat: Annotated[int, typer.Option(help="Simulator steps (80 a second) that an action is held for.")] = 4,
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of the episodes that are disturbed.")] = 0.0,
     noise_std: Annotated[float, typer.Option(min=0, help="Of the disturbance, in units of the action.")] = 0.5,
+    noise_steps: Annotated[int, typer.Option(min=0, help="First actions of an episode that are disturbed.")] = 10,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Actions of an attempt; None: 500 simulator steps.")
     ] = None,
@@ -232,7 +237,7 @@ def main(
             "field_of_view": angles,
         }
         MetaWorldEnv(next(iter(tasks)), **env).close()  # whatever is wrong with them is said before any work
-        settings = Settings(env, max_steps or HORIZON // action_repeat, noise, noise_std, store)
+        settings = Settings(env, max_steps or HORIZON // action_repeat, noise, noise_std, noise_steps, store)
         with Progress(*columns, console=console) as progress:
             tallies = record(out, tasks, seed, settings, workers, progress)
     except (ValueError, FileExistsError, ImportError, RuntimeError) as error:

@@ -44,7 +44,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
-    trainer.add_callback(MemoryMonitor(output, log=trainer.log))
+    trainer.watch_memory(MemoryMonitor(output))
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)

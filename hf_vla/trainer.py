@@ -19,6 +19,7 @@ from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
+from hf_vla.memory.monitor import MemoryMonitor
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
 from hf_vla.run import add_event, write_json
@@ -54,12 +55,23 @@ class VLATrainer(Trainer):
         super().__init__(processing_class=processor, **kwargs)
         self.recipe, self.what_fits = recipe, what_fits
         self.in_backward: OptimizerInBackward | None = None
+        self.monitor: MemoryMonitor | None = None
         size = recipe.data.batch_size
         sizes = [size] if recipe.memory.optimizer_in_backward else divisors(size)
         self.batcher = MicroBatcher(self.model, sizes, self._rungs(), self._tell)
         size = self.args.per_device_eval_batch_size
         self.evaluation_batcher = EvaluationBatcher([size] if self.is_sharded else divisors(size), self._tell)
         self._restrict(Path(self.args.output_dir), "This run stopped for want of memory")
+
+    def watch_memory(self, monitor: MemoryMonitor) -> None:
+        """Let a monitor read each step, and log what it reads beside the loss."""
+        self.monitor = monitor
+        self.add_callback(monitor)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, and what the monitor read of this step."""
+        watched = self.monitor.latest if self.monitor and "loss" in logs else {}
+        super().log({**logs, **watched}, start_time)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Run one micro-step; after the last of an optimizer step, agree with the other ranks and average gradients."""
@@ -146,6 +158,10 @@ class VLATrainer(Trainer):
             average = (lambda parameter: None) if ranks.is_alone() else ranks.average
             self.in_backward = OptimizerInBackward(optimizer, average)
         return optimizer
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Leave the norm out of the log where gradients are gone by now: it would be 0."""
+        return None if self.in_backward else super()._get_grad_norm(model, grad_norm)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader=None) -> nn.Module:
         """Prepare autocast and device, and leave out DistributedDataParallel: `memory/ranks.py` does its work."""

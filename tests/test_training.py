@@ -87,13 +87,16 @@ def test_resuming_equals_going_straight(tmp_path):
 
 
 def test_the_run_directory_says_what_happened(tmp_path):
-    run = train(tiny_recipe(), tmp_path / "run")
+    run = train(tiny_recipe(training={"logging_steps": 1}), tmp_path / "run")
     info = json.loads((run / "run.json").read_text())
     assert info["steps"] == 2
     assert info["parameters"]["frozen"] == tiny_run.TINY_VGGT["embed_dim"]  # VGGT's mask token, which nothing reads
     assert info["parameters"]["trained"] > 50_000
     assert info["versions"]["torch"] == torch.__version__
     assert (run / "report.html").is_file()
+    logged = [entry for entry in json.loads((run / "log_history.json").read_text()) if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    assert all("memory/host_rss_gib" in entry for entry in logged)
     assert json.loads((run / "recipe.json").read_text())["data"]["batch_size"] == 4
 
 
@@ -139,8 +142,9 @@ def test_the_released_recipe_trains_and_saves_an_adapter(lora_run):
 @pytest.mark.slow
 def test_a_new_process_predicts_the_same_action(lora_run):
     code = (
-        "from hf_vla.policy import Policy; from tests.test_training import observation; import sys;"
-        f"sys.stdout.buffer.write(Policy.from_pretrained({str(lora_run / 'model')!r}).predict_action_chunk(observation()).tobytes())"
+        "import sys; from hf_vla.policy import Policy; from tests.test_training import observation;"
+        f"policy = Policy.from_pretrained({str(lora_run / 'model')!r});"
+        "sys.stdout.buffer.write(policy.predict_action_chunk(observation()).tobytes())"
     )
     there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
     here = Policy.from_pretrained(lora_run / "model").predict_action_chunk(observation())

@@ -7,7 +7,6 @@ whole step is recorded into `RUN/memory_snapshot_<step>.pickle`, which https://p
 import json
 import logging
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +49,6 @@ class MemoryMonitor(TrainerCallback):
         directory: the run's. Rank 0 writes `memory.jsonl` and events into it, rank N `memory.rankN.jsonl` alone.
         planned_peak: bytes that the plan foresees for this process's GPU, None without a plan.
         budget: bytes that the run may use of it, None without one.
-        log: `Trainer.log`; called at logging steps.
     """
 
     def __init__(
@@ -58,11 +56,11 @@ class MemoryMonitor(TrainerCallback):
         directory: str | Path,
         planned_peak: int | None = None,
         budget: int | None = None,
-        log: Callable[[dict[str, float]], None] | None = None,
     ):
         self.directory = Path(directory)
         self.plan = {"planned_peak": planned_peak, "budget": budget}
-        self.log = log
+        self.latest: dict[str, float] = {}
+        """What a person follows, of the last step; VLATrainer logs it beside the loss."""
         self.troubles: set[str] = set()
         """Kinds of trouble that have been told and last."""
         self.held_by_others: int | None = None
@@ -80,8 +78,7 @@ class MemoryMonitor(TrainerCallback):
         self._write(state.global_step, args.process_index, reading)
         for kind, trouble in (("near_budget", self._near_budget(reading)), ("memory_taken", self._taken(reading))):
             self._tell_once(state, kind, trouble)
-        if self.log and control.should_log:
-            self.log(log_values(reading))
+        self.latest = log_values(reading)
         if state.is_world_process_zero:
             self._serve_snapshot(state.global_step)
 

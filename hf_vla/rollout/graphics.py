@@ -28,6 +28,7 @@ def graphics_problem() -> str | None:
     for backend in _backends():
         if _can_draw(backend):
             os.environ["MUJOCO_GL"] = backend
+            os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's own threads get in the way of a worker on each core
             return None
     return f"MuJoCo finds no graphics library to draw with (tried {', '.join(_backends())}): {INSTALL_GRAPHICS}"
 

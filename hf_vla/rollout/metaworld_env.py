@@ -26,7 +26,7 @@ SIMULATOR_RATE = 80
 """Actions a second that Meta-World itself takes."""
 
 _UPSIDE_DOWN = "corner2"
-_HIDDEN, _SHOWN = 5, 0  # MuJoCo's groups of sites: numbers without a meaning of their own
+_HIDDEN, _SHOWN = 5, 0  # MuJoCo's groups of sites: numbers that mean only what a scene option shows
 
 
 class MetaWorldEnv:
@@ -110,9 +110,7 @@ class MetaWorldEnv:
         mujoco = self._mujoco
         if self._renderer is None:
             self._renderer = _make_renderer(mujoco, self._env.model, self._image_size)
-            atexit.register(
-                self.close
-            )  # MuJoCo ends EGL at exit, and only contexts closed before that close in silence
+            atexit.register(self.close)  # MuJoCo ends EGL at exit, and what is still open then complains
         self._renderer.update_scene(self._env.data, camera=camera, scene_option=self._visible)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -145,10 +143,13 @@ class MetaWorldEnv:
     def expert_action(self) -> np.ndarray:
         """Return what Meta-World's scripted policy would do now, (4,) float32 in [-1, 1].
 
-        It alone is told where the goal is: the simulator blanks the goal in what it returns.
+        It alone is told where the goal is: the simulator blanks the goal in what it returns. It asks for more movement
+        than the control takes; scaled down, unlike clipped, what is left keeps its direction.
         """
         informed = np.concatenate([self._observation[:-3], self._env._get_pos_goal()])
-        return np.clip(self._expert.get_action(informed), -1, 1).astype(np.float32)
+        action = np.asarray(self._expert.get_action(informed), np.float32)
+        action[:3] /= max(1.0, np.abs(action[:3]).max())
+        return np.clip(action, -1, 1)
 
     def close(self) -> None:
         """Give back the drawing context; the next look makes a new one."""
