@@ -52,14 +52,22 @@ def test_an_expert_that_fails_too_often_is_an_error(script):
         list(script.first_successes(submit_from(outcomes, script, []), seed=0, wanted=2, tally=script.Tally()))
 
 
-def test_noise_has_the_spread_asked_for_and_remembers(script):
-    settings = script.Settings({}, 10, noise_share=1.0, noise_std=0.3, store="jpeg")
-    generator = script._noise(5, settings)
+def settings(script, noise_share, noise_steps, **env):
+    return script.Settings(env, 100, noise_share, noise_std=0.3, noise_steps=noise_steps, store="png")
+
+
+def test_noise_has_the_spread_asked_for_remembers_and_ends(script):
+    generator = script._noise(5, settings(script, 1.0, 20_000))
     noise = np.stack([next(generator) for _ in range(20_000)])
     assert np.allclose(noise.std(0), 0.3, atol=0.02)
     assert np.corrcoef(noise[1:, 0], noise[:-1, 0])[0, 1] == pytest.approx(script.NOISE_MEMORY, abs=0.02)
-    calm = script._noise(5, script.Settings({}, 10, noise_share=0.0, noise_std=0.3, store="jpeg"))
-    assert not next(calm).any()
+    assert not next(generator).any()
+
+
+def test_the_seed_decides_which_attempts_are_disturbed(script):
+    calm = [not next(script._noise(seed, settings(script, 0.7, 10))).any() for seed in range(500)]
+    assert np.mean(calm) == pytest.approx(0.3, abs=0.06)
+    assert calm == [not next(script._noise(seed, settings(script, 0.7, 10))).any() for seed in range(500)]
 
 
 def record(out, *options):
@@ -105,8 +113,8 @@ def test_the_seed_decides_every_row_whatever_the_number_of_workers(tmp_path):
 @pytest.mark.slow
 def test_what_is_stored_is_the_clean_expert_along_a_disturbed_path(script):
     env = {"image_size": 16, "cameras": ["corner2"], "action_repeat": 4}
-    calm = script.attempt("reach-v3", 1, script.Settings(env, 100, 0.0, 0.5, "png")).columns
-    pushed = script.attempt("reach-v3", 1, script.Settings(env, 100, 1.0, 0.5, "png")).columns
+    calm = script.attempt("reach-v3", 1, settings(script, 0.0, 10, **env)).columns
+    pushed = script.attempt("reach-v3", 1, settings(script, 1.0, 10, **env)).columns
     script._kept.pop("reach-v3").close()
     assert np.array_equal(calm["action"][0], pushed["action"][0])  # same start, so the same clean command
     assert np.abs(calm["observation.state"][6] - pushed["observation.state"][6]).max() > 1e-2
