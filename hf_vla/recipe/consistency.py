@@ -103,3 +103,7 @@ def _check_in_backward(training: dict[str, Any]) -> None:
                 f"memory.optimizer_in_backward keeps no gradients to accumulate or clip: set training.{key} to {needed}, "
                 f"not {training[key]}."
             )
+    if training.get("fp16"):
+        raise RecipeError(
+            "training.fp16 scales gradients, and memory.optimizer_in_backward would use them so: take training.bf16."
+        )
