@@ -314,6 +314,19 @@ def test_quantised_decoder(llama_folder, quantization, bits):
         assert model.layers[0].mlp.up_proj.weight.quant_state.nested
 
 
+def test_evaluating_leaves_quantised_weights_as_they_are():
+    pytest.importorskip("bitsandbytes")
+    keys = {**LLAMA_KEYS, "hidden_size": 64, "intermediate_size": 64}
+    model = weights.load_lang_encoder(keys, torch.float32, "nf4")
+    projection = model.layers[0].mlp.up_proj
+    x = torch.randn(1, 3, 64, requires_grad=True)
+    packed, expected = projection.weight.data.clone(), torch.autograd.grad(projection.train()(x).sum(), x)[0]
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(3)[None])
+    assert torch.equal(projection.weight.data, packed)
+    assert torch.equal(torch.autograd.grad(projection.train()(x).sum(), x)[0], expected)
+
+
 def test_unknown_quantization():
     with pytest.raises(ValueError, match="Unknown quantization 'int3'; allowed: none, nf4, int8"):
         weights.load_lang_encoder(LLAMA_KEYS, quantization="int3")

@@ -122,7 +122,19 @@ def _load(source: str, dtype: torch.dtype, bnb_config: BitsAndBytesConfig | None
         raise FileNotFoundError(f"{source}: its weights can't be loaded. {error}") from error
     unexpected = [name for name in info["unexpected_keys"] if not name.startswith("lm_head.")]
     check_nothing_wrong(info["missing_keys"], unexpected, [name for name, *_ in info["mismatched_keys"]], source)
+    _keep_packing(model)
     return model.eval()
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew the first time they are evaluated on a CPU with AVX512-BF16.
+
+    The new packing is for kernels without a gradient, and rounds the scales: training that goes on is silently wrong, and so
+    is a model moved to a GPU (bitsandbytes issue 2078, open at 0.50.2).
+    """
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
