@@ -176,7 +176,6 @@ def record(
     features |= {STATE: vector_feature(STATE_NAMES), ACTION: vector_feature(ACTION_NAMES)}
     codec = settings.store if storage == "video" else "h264"
     tallies = {task: Tally() for task in tasks}
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa in software would take every core in every worker
     os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder otherwise prints a page for each file
     context = multiprocessing.get_context("spawn")  # a forked worker would share the graphics context
     with (

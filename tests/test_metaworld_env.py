@@ -130,6 +130,17 @@ def test_expert_solves_what_chance_does_not(make_env, task):
 
 
 @pytest.mark.sim
+def test_expert_is_scaled_down_into_what_an_action_holds_and_keeps_its_direction(make_env):
+    env = make_env("reach-v3")
+    env.reset(1)
+    asked = env._expert.get_action(np.concatenate([env._observation[:-3], env._env._get_pos_goal()]))
+    assert np.abs(asked[:3]).max() > 1
+    given = env.expert_action()
+    assert np.abs(given[:3]).max() == pytest.approx(1)
+    assert np.allclose(given[:3] * np.abs(asked[:3]).max(), asked[:3], atol=1e-6)
+
+
+@pytest.mark.sim
 def test_faucet_angle_says_which_way_it_was_turned(make_env):
     for task, sign in (("faucet-open-v3", 1), ("faucet-close-v3", -1)):
         env = make_env(task)
