@@ -22,8 +22,8 @@ from hf_vla.rollout.metrics import difference_interval, wilson_interval
 ROOT = Path(__file__).parent.parent
 SIGHT_TASKS = ("button-press-topdown-v3", "reach-v3")
 """Tasks on which a policy without pictures stays far behind: what moves is seen only."""
-FIRST_START = 20_000
-"""Start positions from here on: seen neither in training, nor while a recipe was tuned (`evaluation.seed` and its next)."""
+BEYOND = 100_000
+"""Added to a recipe's `evaluation.seed`: starts from there on were seen neither in training nor while it was tuned."""
 TAIL = 3000
 """Characters of a failed training's output that are shown."""
 
@@ -119,8 +119,9 @@ def facts_of(training: Training) -> dict[str, Any]:
     return {**facts, "loss": info["train"]["loss"]}
 
 
-def to_evaluate(recipe: Recipe, tasks: Sequence[str], starts: int, first: int, swapped: dict | None = None) -> Recipe:
-    """Give the recipe with other rollouts: `starts` of each task, from seed `first` on."""
+def to_evaluate(recipe: Recipe, tasks: Sequence[str], starts: int, swapped: dict | None = None) -> Recipe:
+    """Give the recipe with other rollouts: `starts` of each task, and others for each `training.seed`."""
+    first = recipe.evaluation.seed + BEYOND + recipe.training["seed"] * starts
     evaluation = dataclasses.replace(
         recipe.evaluation, tasks=list(tasks), episodes=starts, seed=first, swapped=swapped or {}
     )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.closed_loop import (
-    FIRST_START,
     ROOT,
     SIGHT_TASKS,
     Training,
@@ -80,14 +79,13 @@ def measure(runs: Runs, starts: int, workers: int) -> dict[str, Any]:
     """Roll every run out, each seed from starts of its own, and compare."""
     sighted, blind, swapped = {}, {}, {}
     for seed, (policy, control) in runs.items():
-        first = FIRST_START + seed * starts
-        all_tasks = to_evaluate(policy.recipe, [*SIGHT_TASKS, *OTHER_WAY], starts, first, OTHER_WAY)
+        all_tasks = to_evaluate(policy.recipe, [*SIGHT_TASKS, *OTHER_WAY], starts, OTHER_WAY)
         sighted[seed] = success_counts(policy, POLICY, all_tasks, workers)
         swapped[seed] = success_counts(policy, SWAPPED, all_tasks, workers)
-        blind[seed] = success_counts(control, POLICY, to_evaluate(control.recipe, SIGHT_TASKS, starts, first), workers)
-    recipe = to_evaluate(runs[0][0].recipe, [*SIGHT_TASKS, *OTHER_WAY], starts, FIRST_START)
+        blind[seed] = success_counts(control, POLICY, to_evaluate(control.recipe, SIGHT_TASKS, starts), workers)
+    recipe = to_evaluate(runs[0][0].recipe, [*SIGHT_TASKS, *OTHER_WAY], starts)
     return {
-        "starts": {"first": FIRST_START, "a_task_and_seed": starts},
+        "starts": {"first": recipe.evaluation.seed, "a_task_and_seed": starts},
         "sight": {task: sight_on(task, sighted, blind) for task in SIGHT_TASKS},
         "language": {task: language_on(task, sighted, swapped) for task in OTHER_WAY},
         "random": random_counts(recipe, workers),
