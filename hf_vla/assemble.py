@@ -4,7 +4,7 @@ Letters: V views, S state dims, A action dims.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from hf_vla.recipe import Recipe, RecipeError
 
 
 def build_processor(
-    recipe: Recipe, views: list[str], stats: Mapping, mean_pictures: np.ndarray | None = None
+    recipe: Recipe,
+    views: list[str],
+    stats: Mapping,
+    mean_pictures: np.ndarray | None = None,
+    tasks: Iterable[str] = (),
 ) -> VLAProcessor:
     """Build the processor that training and acting share.
 
@@ -30,10 +34,11 @@ def build_processor(
         views: name of each view, in the order in which samples hold them.
         stats: the dataset's statistics of `observation.state` and `action`.
         mean_pictures: (V, H, W, 3) uint8; wanted by `data.center_images` and by every blind control.
+        tasks: the dataset's instructions.
     """
     data = recipe.data
     return VLAProcessor(
-        tokenizer=load_tokenizer(recipe),
+        tokenizer=load_tokenizer(recipe, tasks),
         views=views,
         stats=stats,
         image_size=data.image_size,
@@ -46,10 +51,18 @@ def build_processor(
     )
 
 
-def load_tokenizer(recipe: Recipe):
-    """Load the tokenizer that the recipe names, the language encoder's own, or a byte-level one for random weights."""
+def load_tokenizer(recipe: Recipe, tasks: Iterable[str] = ()):
+    """Load the tokenizer that the recipe names, or the language encoder's own; random weights get a byte-level one.
+
+    Args:
+        recipe: the run.
+        tasks: the dataset's instructions; a byte-level tokenizer takes up their words.
+    """
     source = recipe.model.tokenizer or recipe.model.lang_encoder
-    return weights.byte_tokenizer() if isinstance(source, dict) else weights.load_tokenizer(source)
+    if not isinstance(source, dict):
+        return weights.load_tokenizer(source)
+    prompts = [recipe.model.prompt.replace("{task}", task) for task in tasks]
+    return weights.byte_tokenizer(prompts, source.get("vocab_size", 0))
 
 
 def build_config(recipe: Recipe, num_views: int, state_dim: int, action_dim: int) -> VLAConfig:

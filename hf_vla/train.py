@@ -39,6 +39,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
         RecipeError: if the recipe can't be run here as it stands.
         FileExistsError: if the directory already holds a run.
     """
+    resume = resume or is_restarted()
     check_processes(recipe)
     run.check_directory(output, resume)
     trainer = build_trainer(recipe, output)
@@ -50,7 +51,9 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
         save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)
         write_results(trainer, result.metrics, output)
     PartialState().wait_for_everyone()
-    if trainer.is_world_process_zero():  # last, since the others would wait for it no longer than a collective may take
+    if (
+        trainer.is_world_process_zero()
+    ):  # last, since the others would wait for it no longer than a collective may take
         push_if_asked(output, recipe)
     return output
 
@@ -62,7 +65,8 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
         recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes
     )
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
-    processor = build_processor(recipe, views, info.stats, mean_pictures(train_data, fit_views(recipe)))
+    means = mean_pictures(train_data, fit_views(recipe))
+    processor = build_processor(recipe, views, info.stats, means, train_data.tasks)
     model = build_model(recipe, build_config(recipe, len(views), info.state_dim, info.action_dim))
     if recipe.model.head.type == "discrete":
         fit_levels(model, processor, train_data)
@@ -88,6 +92,11 @@ def fit_views(recipe: Recipe):
     return lambda images: stack_views(
         [resize_view(image, recipe.data.image_size, recipe.data.resize) for image in images]
     )
+
+
+def is_restarted() -> bool:
+    """Whether the launcher (`--max_restarts`) has started this process again after a rank had to stop."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def check_processes(recipe: Recipe) -> None:
