@@ -46,7 +46,7 @@ class GPU:
 
 
 _CUBLAS = (2 * 4096 + 8 * 16) * 1024 + MIB
-"""PyTorch's CUBLAS_WORKSPACE_CONFIG :4096:2:16:8, and 1 MiB for cuBLASLt. Source: aten/src/ATen/cuda/CublasHandlePool.cpp."""
+"""PyTorch's CUBLAS_WORKSPACE_CONFIG :4096:2:16:8, and 1 MiB for cuBLASLt. Source: CublasHandlePool.cpp."""
 _CUBLAS_HOPPER = 2 * 32 * MIB
 """Both at 32 MiB from compute capability 9.0 on (same file)."""
 

@@ -59,6 +59,15 @@ class Ledger:
         shares = -(-np.abs(self.size) // divisor) * np.sign(self.size)
         return replace(self, size=shares, per_sample=None)
 
+    def with_states(self, share: float, paged: bool) -> "Ledger":
+        """Put an optimizer's states in place of another's: their size over the traced one's, and whether they are paged."""
+        states = np.isin(self.block, self.block[self.slot % len(KINDS) == KINDS.index("optimizer")]) & (
+            self.block >= 0
+        )
+        size = np.where(states, np.round(self.size * share).astype(np.int64), self.size)
+        on_host = self.slot - self.slot % len(KINDS) + KINDS.index("host")
+        return replace(self, size=size, slot=np.where(states & paged, on_host, self.slot))
+
     def totals(self) -> np.ndarray:
         """Give the device's bytes after each event, each block rounded as CUDA rounds it."""
         return np.cumsum(np.where(self.slot % len(KINDS) == KINDS.index("host"), 0, self.rounded()))
@@ -81,6 +90,12 @@ class Ledger:
         """Give the most bytes held in the host's memory instead of the device's."""
         on_host = self.slot % len(KINDS) == KINDS.index("host")
         return int(np.cumsum(np.where(on_host, self.size, 0)).max(initial=0))
+
+    def host_traffic(self, phases: tuple[str, ...]) -> int:
+        """Sum the bytes that come to the host's memory in some phases."""
+        inside = np.isin(self.phase, [PHASES.index(phase) for phase in phases])
+        on_host = self.slot % len(KINDS) == KINDS.index("host")
+        return int(self.size[inside & on_host & (self.size > 0)].sum())
 
     def breakdown(self, event: int) -> dict[str, dict[str, int]]:
         """Split the device's bytes just after an event by component, then by kind; empty ones left out."""

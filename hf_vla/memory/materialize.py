@@ -1,5 +1,6 @@
 """Puts tensors into a model that was built on the meta device: fake ones, which have a size and no memory."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -42,6 +43,8 @@ def fake_tables() -> Iterator[None]:
     except ImportError:  # an optional package; without it nothing is quantised
         yield
         return
+    # it says of each 8-bit layer anew that inputs are cast to float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with (
         patch.object(functional, "create_dynamic_map", lambda *args, **kwargs: torch.empty(256)),
         patch.dict(functional.name2qmap, clear=True),

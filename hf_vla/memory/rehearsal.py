@@ -1,6 +1,8 @@
 """A recipe's model at work under a tracker: micro-steps, update, evaluation, checkpoint, as Trainer goes through them."""
 
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -72,9 +74,9 @@ class Rehearsal:
             self._forward(**batch)
 
     def save(self) -> None:
-        """Make what a checkpoint holds ready for the file, one tensor after another."""
+        """Make what a checkpoint holds ready for the file, one tensor after another: only a copy takes memory."""
         with self._tracker.phase("saving"):
-            for tensor in self._model.state_dict().values():
+            for tensor in (*self._model.parameters(), *self._model.buffers()):
                 tensor.contiguous()
 
     def _micro_step(self, batch: dict[str, Tensor]) -> None:
@@ -107,9 +109,8 @@ class Rehearsal:
         make_state = self._optimizer.get_state_buffer
 
         def make_paged_state(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-            if parameter.numel() < PAGED:
-                return make_state(parameter, dtype)
-            with self._tracker.host():
+            with self._tracker.host() if parameter.numel() >= PAGED else nullcontext(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
                 return make_state(parameter, dtype)
 
         self._optimizer.get_state_buffer = make_paged_state

@@ -22,6 +22,7 @@ from hf_vla.memory.cuda_rules import CudaAutocast, offloading, workspace_bytes
 from hf_vla.memory.ledger import Ledger, join
 from hf_vla.memory.materialize import fake_tables, fill_with_fake
 from hf_vla.memory.rehearsal import Rehearsal
+from hf_vla.memory.shapes import Shapes
 from hf_vla.memory.tracker import MemoryTracker
 from hf_vla.memory.work import Work, join_work
 from hf_vla.model.configuration_vla import VLAConfig
@@ -30,19 +31,6 @@ from hf_vla.recipe import Recipe
 
 SMALL, LARGE = 2, 3
 """Micro-batches that are traced to know all; 1 is left out, since torch takes short cuts for axes of length 1."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What the data brings that the recipe doesn't say."""
-
-    num_views: int = 2
-    state_dim: int = 8
-    action_dim: int = 7
-    text_tokens: int = 64
-    """Of the longest prompt."""
-    assumed: tuple[str, ...] = ("num_views", "state_dim", "action_dim", "text_tokens")
-    """Which of these are stated defaults, for want of the dataset or the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,8 @@ class Trace:
     """Trained and frozen."""
     trained_bytes: int
     """Of the parameters that train."""
+    weight_bytes: int
+    """Of all parameters."""
     largest_unit: int
     """Bytes of the largest layer, which full sharding gathers whole."""
     large_work: Work | None = None
@@ -89,8 +79,24 @@ def trace(recipe: Recipe, shapes: Shapes, batch_size: int | None = None, in_full
         replace(tracker.work(), batch_size=size),
         count_parameters(model),
         sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        sum(p.nbytes for p in model.parameters()),
         largest_unit(model),
     )
+
+
+def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
+    """Count the bytes of the optimizer's states, wherever they live."""
+    config = build_config(recipe, shapes.num_views, shapes.state_dim, shapes.action_dim)
+    model = build_on_meta(recipe, config)
+    tracker = MemoryTracker()
+    with fake_tables(), FakeTensorMode():
+        leave_out_cached(model, recipe)
+        fill_with_fake(model)
+        with tracker:
+            Rehearsal(recipe, model, tracker).warm_up(accumulates=False)
+    ledger = tracker.ledger()
+    states = ledger.breakdown(len(ledger.size) - 1).values()
+    return sum(kinds.get("optimizer", 0) for kinds in states) + ledger.host_peak()
 
 
 def trace_any_batch(recipe: Recipe, shapes: Shapes) -> Trace:
