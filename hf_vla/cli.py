@@ -1,6 +1,5 @@
 """The command `hf-vla`: one function a subcommand, each a few lines that call the package."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,9 @@ Run = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 @app.callback()
 def _configure() -> None:
     """Plan, prove, survive: fine-tune a vision-language-action policy inside a GPU memory budget."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from hf_vla.console import set_up_logging
+
+    set_up_logging()
 
 
 @app.command()

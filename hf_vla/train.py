@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_vla import run
 from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.checkpoint import save_checkpoint
+from hf_vla.console import set_up_logging
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
 from hf_vla.data.windows import WindowDataset
@@ -108,7 +109,9 @@ def check_processes(recipe: Recipe) -> None:
     Raises:
         RecipeError: if the launcher's or the recipe's count isn't the count that runs together.
     """
-    running, launched = PartialState().num_processes, int(os.environ.get("WORLD_SIZE", 1))
+    # Without a GPU accelerate joins processes only if it is told to use the CPU, the first time it is asked.
+    running = PartialState(cpu=recipe.training.get("use_cpu", False)).num_processes
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     wanted = recipe.memory.gpus or launched
     if running != launched or running != wanted:
         raise RecipeError(
@@ -140,7 +143,7 @@ def main(
     anyway: Annotated[bool, typer.Option("--anyway", help="Train even if the doctor advises against it.")] = False,
 ) -> None:
     """Train a policy as a recipe says."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    set_up_logging()
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
