@@ -36,7 +36,7 @@ INDEX_FEATURES = {
     },
 }
 
-_PICTURES_COUNTED = 20
+_PICTURES_COUNTED = 10
 """Pictures of an episode that its statistics are taken from, evenly spaced."""
 _EPISODES_BUFFERED = 100
 _MB = 1024**2
