@@ -1,5 +1,6 @@
 """The command `hf-vla`: one function a subcommand, each a few lines that call the package."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,25 @@ def doctor(
     typer.echo(checks_to_json(checks) if as_json else format_checks(checks))
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def probe(
+    recipe_file: Recipe,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="As 28GiB; the recipe's, or 90 % of what is free.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Find the largest micro-batch that fits, by training a few steps at 1, 2, 4 … samples at once."""
+    from hf_vla.memory.planner import find_budget
+    from hf_vla.probe import probe_recipe
+    from hf_vla.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, overrides)
+    result = probe_recipe(recipe, find_budget(recipe, budget, gpus=1))
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.describe())
+    if not result.batch_size:
+        raise typer.Exit(3)
 
 
 @app.command()
