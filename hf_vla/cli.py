@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -19,6 +20,38 @@ def _configure() -> None:
     from hf_vla.console import set_up_logging
 
     set_up_logging()
+
+
+@app.command()
+def plan(
+    recipe_file: Annotated[Path | None, typer.Argument(help="Recipe to plan.", metavar="[RECIPE]")] = None,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="As 28GiB; the recipe's, or what is free less 10 %.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that the run gets.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Their kind, by name; the one that is here.")] = None,
+    train: Annotated[str | None, typer.Option(help="Search instead: language=lora|qlora|full|frozen,vggt=…")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Of a search.")] = None,
+    effective_batch: Annotated[int, typer.Option(help="Of a search.")] = 64,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="quantize, freeze or image_size: may change results.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where a search writes the fastest recipe.")] = Path("planned.json"),
+    scenarios: Annotated[bool, typer.Option("--scenarios", help="The memory guide's three, beside ours.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Predict the peak memory of a recipe, or search for the fastest recipe that fits; exit code 3: doesn't fit."""
+    from hf_vla import planning
+
+    if scenarios:
+        shown = planning.show_scenarios(gpu)
+    elif train:
+        shown = planning.show_search(train, budget, gpus, gpu, image_size, effective_batch, allow or [], output)
+    elif recipe_file:
+        shown = planning.show_recipe(recipe_file, overrides, budget, gpus, gpu)
+    else:
+        raise typer.BadParameter("Give a recipe, or --train for a search, or --scenarios.")
+    typer.echo(json.dumps(shown.facts, indent=2)) if as_json else Console().print(shown.table)
+    raise typer.Exit(0 if shown.fits else 3)
 
 
 @app.command()
@@ -106,9 +139,11 @@ def push(
 
 def main() -> None:
     """Run the command; whatever the user can mend ends in one line, not in a traceback."""
+    from hf_vla.memory.budget import MemoryBudgetError
+
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryBudgetError) as error:
         raise SystemExit(f"Error: {error}") from None
 
 

@@ -29,6 +29,7 @@ ALLOWED = {
     "memory": {"recipe", "lora", "model", "assemble", "weights", "data", "sample", "run", "checkpoint"},
     "evaluation": {"recipe", "data", "policy", "rollout", "run"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},
+    "planning": {"recipe", "memory"},
     "train": None,
     "probe": None,
     "cli": None,

@@ -1,0 +1,78 @@
+"""What `hf-vla plan` shows, to people and to programs: a recipe's plan, a search's findings, the guide's scenarios."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+
+from hf_vla.memory.ladder import search
+from hf_vla.memory.plan_table import render_candidates, render_plan, render_scenarios
+from hf_vla.memory.planner import find_budget, plan_recipe
+from hf_vla.memory.scenarios import scenarios
+from hf_vla.memory.wishes import ALLOW, Wish, parse_train
+from hf_vla.recipe import load_recipe, make_recipe
+
+
+class Shown(NamedTuple):
+    """One answer, in both forms."""
+
+    table: RenderableType
+    facts: Any
+    fits: bool
+
+
+def show_recipe(
+    path: Path, overrides: list[str] | None, budget: str | None, gpus: int | None, gpu: str | None
+) -> Shown:
+    """Plan one recipe."""
+    plan = plan_recipe(load_recipe(path, overrides), budget, gpus, gpu)
+    return Shown(render_plan(plan, title=str(path)), plan.to_dict(), plan.fits is not False)
+
+
+def show_search(
+    train: str,
+    budget: str | None,
+    gpus: int | None,
+    gpu: str | None,
+    image_size: int | None,
+    effective_batch: int,
+    allow: list[str],
+    output: Path,
+) -> Shown:
+    """Search for the recipes that fit, and write the fastest.
+
+    Raises:
+        ValueError: for an unknown change to allow, or no budget to search within.
+        FileExistsError: if `output` is there already.
+        MemoryBudgetError: if nothing fits.
+    """
+    unknown = set(allow) - set(ALLOW)
+    if unknown:
+        raise ValueError(f"--allow takes {', '.join(ALLOW)}, not {', '.join(sorted(unknown))}.")
+    if output.exists():
+        raise FileExistsError(f"{output} is there already: choose another --output.")
+    wish = Wish(
+        **parse_train(train),
+        image_size=image_size,
+        effective_batch=effective_batch,
+        gpus=gpus or 1,
+        allow=tuple(allow),
+    )
+    settled = find_budget(make_recipe({}), budget, wish.gpus)
+    if settled is None:
+        raise ValueError("There is no GPU here to tell what is free: give --budget, as 28GiB.")
+    found = search(wish, settled, gpu=gpu)
+    found[0].recipe.save(output)
+    facts = [
+        {"rungs": list(c.rungs), "changes": list(c.changes), "recipe": c.recipe.to_dict(), **c.plan.to_dict()}
+        for c in found
+    ]
+    fastest = render_plan(found[0].plan, title=f"Fastest, written to {output}")
+    return Shown(Group(render_candidates(found), "", fastest), facts, fits=True)
+
+
+def show_scenarios(gpu: str | None) -> Shown:
+    """Plan the guide's three scenarios."""
+    found = scenarios(gpu)
+    facts = [{"name": s.name, "guide_gb": s.guide, "why": s.why, "plan": s.plan.to_dict()} for s in found]
+    return Shown(render_scenarios(found), facts, fits=True)
