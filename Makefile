@@ -5,6 +5,7 @@ RUN ?= runs/$(patsubst train-%,%,$@)-$(shell date +%Y%m%d-%H%M%S)
 DATASET ?= datasets/metaworld_tiny
 RECIPE ?= recipes/lora.json
 SET ?=
+SETS = $(foreach pair,$(SET),--set $(pair))
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # The CPU build has a local version of its own, which the main index does not carry and PyTorch's index does: asking for it by
 # name can never pull the CUDA packages.
@@ -12,7 +13,8 @@ CPU_TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 LAUNCH := $(BIN)/accelerate launch
 
-.PHONY: install train-tiny train-safe train-lora style quality test test-slow test-sim test-gpu clean
+.PHONY: install train-tiny train-safe train-balanced train-max train-lora train-qlora plan doctor style quality test test-slow \
+        test-sim test-gpu clean
 
 install: .venv/installed
 
@@ -23,14 +25,20 @@ ifeq ($(HAS_GPU)$(shell uname -s),Linux)
 	$(BIN)/pip install --quiet "$(CPU_TORCH)" 2>/dev/null || $(BIN)/pip install --quiet "$(CPU_TORCH)" --index-url $(TORCH_INDEX)
 endif
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@$(BIN)/python -c "from hf_vla.rollout.metaworld_env import graphics_problem as problem; print(problem() or \"Pictures can be drawn.\")"
+	-@$(BIN)/python -m hf_vla.rollout.graphics
 	touch $@
 
 train-tiny: install
 	$(BIN)/python data_scripts/train_tiny.py --dataset $(DATASET) --run $(RUN)
 
-train-safe train-lora: install
-	$(LAUNCH) hf_vla/train.py recipes/$(patsubst train-%,%,$@).json --output $(RUN) $(foreach pair,$(SET),--set $(pair))
+# Doctor and plan first: the one stops at what can't work here (exit code 1), the other at what doesn't fit (3).
+train-safe train-balanced train-max train-lora train-qlora: install
+	$(BIN)/hf-vla doctor recipes/$(patsubst train-%,%,$@).json $(SETS)
+	$(BIN)/hf-vla plan recipes/$(patsubst train-%,%,$@).json $(SETS)
+	$(LAUNCH) hf_vla/train.py recipes/$(patsubst train-%,%,$@).json --output $(RUN) $(SETS)
+
+plan doctor: install
+	$(BIN)/hf-vla $@ $(RECIPE) $(SETS)
 
 style: install
 	$(BIN)/ruff check --fix .

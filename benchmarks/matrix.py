@@ -19,7 +19,7 @@ from hf_vla.memory.trace import Shapes, trace
 from hf_vla.policy import Policy
 from hf_vla.recipe import Recipe, RecipeError, make_recipe
 from hf_vla.rollout.metrics import offline_report
-from hf_vla.train import build_trainer
+from hf_vla.prepare import build_trainer
 from hf_vla.trainer import VLATrainer
 
 WIDTH = 32

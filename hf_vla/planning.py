@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 
+from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.ladder import search
 from hf_vla.memory.plan_table import render_candidates, render_plan, render_scenarios
 from hf_vla.memory.planner import find_budget, plan_recipe
 from hf_vla.memory.scenarios import scenarios
 from hf_vla.memory.wishes import ALLOW, Wish, parse_train
-from hf_vla.recipe import load_recipe, make_recipe
+from hf_vla.recipe import Recipe, load_recipe, make_recipe
 
 
 class Shown(NamedTuple):
@@ -76,3 +77,32 @@ def show_scenarios(gpu: str | None) -> Shown:
     found = scenarios(gpu)
     facts = [{"name": s.name, "guide_gb": s.guide, "why": s.why, "plan": s.plan.to_dict()} for s in found]
     return Shown(render_scenarios(found), facts, fits=True)
+
+
+def what_fits(recipe: Recipe) -> str:
+    """Say which recipe of the same training would fit what this machine has; asked when nothing is left to try."""
+    budget = find_budget(recipe, None, recipe.memory.gpus or 1)
+    if budget is None:
+        return "See what would fit with `hf-vla plan`."
+    try:
+        best = search(_wish_of(recipe), budget, base=recipe)[0]
+    except MemoryBudgetError as error:
+        return str(error)
+    size = f"batch {best.plan.batch_size} x accumulation {best.plan.accumulation}"
+    return f"This would fit: {', '.join(best.rungs) or 'as it is'}, {size}."
+
+
+def _wish_of(recipe: Recipe) -> Wish:
+    def way(part: str) -> str:
+        if not getattr(recipe.model, f"freeze_{part}"):
+            return "full"
+        return "lora" if part in recipe.lora.apply_to else "frozen"
+
+    is_quantised = recipe.model.quantization != "none"
+    gpus = recipe.memory.gpus or 1
+    return Wish(
+        language="qlora" if is_quantised else way("lang_encoder"),
+        vggt=way("vggt"),
+        effective_batch=recipe.data.batch_size * recipe.training["gradient_accumulation_steps"] * gpus,
+        gpus=gpus,
+    )

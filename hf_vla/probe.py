@@ -12,8 +12,8 @@ from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.meter import GPUMeter, Meter
 from hf_vla.memory.microbatch import Fit, free_cache
 from hf_vla.memory.probe import ProbeResult, calibrate, probe
+from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
-from hf_vla.train import build_trainer
 from hf_vla.trainer import VLATrainer, training_arguments
 
 MICRO_STEPS = 2

@@ -5,36 +5,38 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vla import run
-from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.checkpoint import save_checkpoint
 from hf_vla.console import set_up_logging
-from hf_vla.data.collator import VLACollator
-from hf_vla.data.mixture import build_datasets, mean_pictures
-from hf_vla.data.windows import WindowDataset
 from hf_vla.hub import push_if_asked
 from hf_vla.lora import count_parameters
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.check import format_checks, refuse_on_failure
 from hf_vla.memory.monitor import MemoryMonitor
+from hf_vla.memory.planner import Plan, plan_recipe
 from hf_vla.memory.preflight import run_checks
-from hf_vla.model.image_processing_vla import resize_view, stack_views
-from hf_vla.model.modeling_vla import VLAForActionPrediction
-from hf_vla.model.processing_vla import VLAProcessor
+from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe, RecipeError, load_recipe
 from hf_vla.report import write_report
-from hf_vla.sample import view_name
-from hf_vla.trainer import VLATrainer, training_arguments
+from hf_vla.trainer import VLATrainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
+def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None = None) -> Path:
     """Train the recipe's policy into a run directory, and return that directory.
+
+    Args:
+        recipe: the run.
+        output: run directory.
+        resume: whether to go on with what it holds.
+        plan: what each GPU was planned to hold; measured against at every step.
 
     Raises:
         RecipeError: if the recipe can't be run here as it stands.
@@ -46,53 +48,16 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Path:
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
-    trainer.watch_memory(MemoryMonitor(output))
+    trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)
         write_results(trainer, result.metrics, output)
     PartialState().wait_for_everyone()
-    if (
-        trainer.is_world_process_zero()
-    ):  # last, since the others would wait for it no longer than a collective may take
+    # Last: the others would wait for it no longer than a collective may take.
+    if trainer.is_world_process_zero():
         push_if_asked(output, recipe)
     return output
-
-
-def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
-    """Build data, processor, model and trainer, in the order in which each needs the one before."""
-    arguments = training_arguments(recipe, str(output))
-    train_data, eval_data = build_datasets(
-        recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes
-    )
-    info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
-    means = mean_pictures(train_data, fit_views(recipe))
-    processor = build_processor(recipe, views, info.stats, means, train_data.tasks)
-    model = build_model(recipe, build_config(recipe, len(views), info.state_dim, info.action_dim))
-    if recipe.model.head.type == "discrete":
-        fit_levels(model, processor, train_data)
-    return VLATrainer(
-        recipe=recipe,
-        processor=processor,
-        model=model,
-        args=arguments,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=VLACollator(processor),
-    )
-
-
-def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: WindowDataset) -> None:
-    """Give a discrete head the levels that training actions take."""
-    actions = processor(actions=train_data.actions)["actions"]
-    model.head.fit_levels(actions)
-
-
-def fit_views(recipe: Recipe):
-    """Give the function that stacks an observation's pictures at the recipe's size, as the processor does."""
-    return lambda images: stack_views(
-        [resize_view(image, recipe.data.image_size, recipe.data.resize) for image in images]
-    )
 
 
 def is_restarted() -> bool:
@@ -130,6 +95,11 @@ def write_results(trainer: VLATrainer, metrics: dict[str, float], output: Path) 
         "steps": trainer.state.global_step,
         "parameters": count_parameters(trainer.bare_model()),
         "train": {"loss": metrics["train_loss"]},
+        "memory": {
+            "planned_peak_bytes": trainer.monitor.plan["planned_peak"],
+            "budget_bytes": trainer.monitor.plan["budget"],
+            "measured_peak_bytes": trainer.monitor.highest_peak,
+        },
     }
     run.update_info(output, results)
     write_report(output)
@@ -147,20 +117,29 @@ def main(
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
-        ask_doctor(recipe, output, anyway)
-        train(recipe, output, resume)
+        plan = plan_run(recipe)
+        ask_doctor(recipe, output, plan, anyway)
+        train(recipe, output, resume, plan)
     except (ValueError, OSError, MemoryBudgetError) as error:
         raise SystemExit(f"Error: {error}") from None
     logger.info("Trained: %s; report: %s", output / run.MODEL, output / "report.html")
 
 
-def ask_doctor(recipe: Recipe, output: Path, anyway: bool) -> None:
+def plan_run(recipe: Recipe) -> Plan | None:
+    """Plan what each GPU will hold, once for all ranks; on a CPU there is nothing to plan for."""
+    if not torch.cuda.is_available() or recipe.training.get("use_cpu"):
+        return None
+    state = PartialState()
+    return broadcast_object_list([plan_recipe(recipe, gpus=state.num_processes) if state.is_main_process else None])[0]
+
+
+def ask_doctor(recipe: Recipe, output: Path, plan: Plan | None, anyway: bool) -> None:
     """Go through the checklist and show it; refuse what can't work, unless told otherwise.
 
     Raises:
         RecipeError: listing what failed.
     """
-    checks = run_checks(recipe, output, processes=PartialState().num_processes)
+    checks = run_checks(recipe, output, plan and plan.total, plan and plan.budget, PartialState().num_processes)
     if PartialState().is_main_process:
         logger.info(format_checks(checks))
     if not anyway:

@@ -30,6 +30,7 @@ ALLOWED = {
     "evaluation": {"recipe", "data", "policy", "rollout", "run"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},
     "planning": {"recipe", "memory"},
+    "prepare": {"recipe", "data", "model", "sample", "assemble", "trainer", "planning"},
     "train": None,
     "probe": None,
     "cli": None,

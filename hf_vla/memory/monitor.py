@@ -59,6 +59,8 @@ class MemoryMonitor(TrainerCallback):
     ):
         self.directory = Path(directory)
         self.plan = {"planned_peak": planned_peak, "budget": budget}
+        self.highest_peak: int | None = None
+        """Most bytes of tensors at any step; None where there is no GPU."""
         self.latest: dict[str, float] = {}
         """What a person follows, of the last step; VLATrainer logs it beside the loss."""
         self.troubles: set[str] = set()
@@ -79,6 +81,8 @@ class MemoryMonitor(TrainerCallback):
         for kind, trouble in (("near_budget", self._near_budget(reading)), ("memory_taken", self._taken(reading))):
             self._tell_once(state, kind, trouble)
         self.latest = log_values(reading)
+        if reading.allocated_peak is not None:
+            self.highest_peak = max(self.highest_peak or 0, reading.allocated_peak)
         if state.is_world_process_zero:
             self._serve_snapshot(state.global_step)
 

@@ -12,7 +12,7 @@ import hf_vla.trainer
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.microbatch import Fit
 from hf_vla.run import read_info
-from hf_vla.train import build_trainer
+from hf_vla.prepare import build_trainer
 from tests.faults.shortage import PLACES, Shortage, in_evaluation, in_forward
 from tests.tiny_run import tiny_recipe
 

@@ -1,0 +1,55 @@
+"""All that a training needs, each part built when what it needs is there: data, processor, model, trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from hf_vla.assemble import build_config, build_model, build_processor
+from hf_vla.data.collator import VLACollator
+from hf_vla.data.mixture import build_datasets, mean_pictures
+from hf_vla.data.windows import WindowDataset
+from hf_vla.model.image_processing_vla import resize_view, stack_views
+from hf_vla.model.modeling_vla import VLAForActionPrediction
+from hf_vla.model.processing_vla import VLAProcessor
+from hf_vla.planning import what_fits
+from hf_vla.recipe import Recipe
+from hf_vla.sample import view_name
+from hf_vla.trainer import VLATrainer, training_arguments
+
+
+def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
+    """Build data, processor, model and trainer, in the order in which each needs the one before."""
+    arguments = training_arguments(recipe, str(output))
+    train_data, eval_data = build_datasets(
+        recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes
+    )
+    info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
+    means = mean_pictures(train_data, fit_views(recipe))
+    processor = build_processor(recipe, views, info.stats, means, train_data.tasks)
+    model = build_model(recipe, build_config(recipe, len(views), info.state_dim, info.action_dim))
+    if recipe.model.head.type == "discrete":
+        fit_levels(model, processor, train_data)
+    return VLATrainer(
+        recipe=recipe,
+        processor=processor,
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=VLACollator(processor),
+        what_fits=what_fits,
+    )
+
+
+def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: WindowDataset) -> None:
+    """Give a discrete head the levels that training actions take."""
+    actions = processor(actions=train_data.actions)["actions"]
+    model.head.fit_levels(actions)
+
+
+def fit_views(recipe: Recipe) -> Callable[[list[np.ndarray]], np.ndarray]:
+    """Give the function that stacks an observation's pictures at the recipe's size, as the processor does."""
+    return lambda images: stack_views(
+        [resize_view(image, recipe.data.image_size, recipe.data.resize) for image in images]
+    )
