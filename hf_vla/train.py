@@ -42,7 +42,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         RecipeError: if the recipe can't be run here as it stands.
         FileExistsError: if the directory already holds a run.
     """
-    resume = resume or is_restarted()
+    resume = resume or (is_restarted() and (output / run.RECIPE).exists())
     check_processes(recipe)
     run.check_directory(output, resume)
     trainer = build_trainer(recipe, output)
