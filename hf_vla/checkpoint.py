@@ -3,24 +3,26 @@
 Weights that came from somewhere and stayed as they were are not written: the recipe names them. So a LoRA checkpoint is
 PEFT's adapter files, `trained.safetensors` (fusion, head, and whatever else trained), `config.json`, the processor with its
 statistics, and `recipe.json`; a model that trained in full is an ordinary `model.safetensors`, which `AutoModel` opens.
+Either holds the model's code too, so that `AutoModel` can at least say what is the matter with the first.
 """
 
 from pathlib import Path
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import custom_object_save
 
 from hf_vla import register_auto_classes
 from hf_vla.assemble import build_model
 from hf_vla.lora import ADAPTER, trained_names
 from hf_vla.model.configuration_vla import VLAConfig
-from hf_vla.model.modeling_vla import VLAForActionPrediction
+from hf_vla.model.modeling_vla import TRAINED, VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, load_recipe
+from hf_vla.weights.files import find_folder
 
 RECIPE = "recipe.json"
 WHOLE = "model.safetensors"
-TRAINED = "trained.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # PEFT writes keys as PeftModel has them, and reads nothing else
 
@@ -35,6 +37,7 @@ def save_checkpoint(
     if kept == set(state):
         model.save_pretrained(directory)
     else:
+        custom_object_save(model, directory, config=model.config)
         model.config.save_pretrained(directory)
         save_file({name: state[name].contiguous() for name in kept}, directory / TRAINED, metadata={"format": "pt"})
     if recipe.lora.apply_to:
@@ -43,16 +46,19 @@ def save_checkpoint(
     recipe.save(directory / RECIPE)
 
 
-def load_checkpoint(directory: str | Path) -> tuple[VLAForActionPrediction, VLAProcessor, Recipe]:
+def load_checkpoint(source: str | Path) -> tuple[VLAForActionPrediction, VLAProcessor, Recipe]:
     """Open a checkpoint: build the recipe's model and lay what was trained over it.
 
+    Args:
+        source: a directory, or the Hub id of a repository that holds what such a directory holds.
+
     Raises:
-        FileNotFoundError: if the directory is no checkpoint, saying what is missing.
+        FileNotFoundError: if the source isn't there or is no checkpoint, saying what is missing.
     """
-    directory = Path(directory)
+    directory = find_folder(str(source))
     for name in (RECIPE, "config.json"):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} is no checkpoint of hf_vla: it has no {name}.")
+            raise FileNotFoundError(f"{source} is no checkpoint of hf_vla: it has no {name}.")
     register_auto_classes()  # or transformers asks on the terminal whether to run the code that lies beside the weights
     recipe = load_recipe(directory / RECIPE)
     processor = VLAProcessor.from_pretrained(directory)
@@ -79,13 +85,21 @@ def load_trained(model: VLAForActionPrediction, recipe: Recipe, directory: str |
 
 
 def _kept_names(model: VLAForActionPrediction, recipe: Recipe) -> set[str]:
-    """State that only this checkpoint can give back: what trained, and backbones that began as random numbers."""
-    random = tuple(
-        f"model.{part}." for part in ("vggt", "lang_encoder") if isinstance(getattr(recipe.model, part), dict)
-    )
-    new = ("model.fusion.", "head.", *random)
+    """State that only this checkpoint can give back: what trained, and all of a backbone that did or that began random.
+
+    All of it, since a backbone has weights that never move, and with those missing a whole model wouldn't be one.
+    """
+    own = [f"model.{part}." for part in ("vggt", "lang_encoder") if _is_own(recipe, part)]
+    kept = ("model.fusion.", "head.", *own)
     trained = trained_names(model)
-    return {n for n in model.state_dict() if (n in trained or n.startswith(new)) and not _is_adapter(n)}
+    return {n for n in model.state_dict() if (n in trained or n.startswith(kept)) and not _is_adapter(n)}
+
+
+def _is_own(recipe: Recipe, part: str) -> bool:
+    """Whether a backbone's weights are nowhere else; quantised random ones are where their seed is, in full precision."""
+    if part == "lang_encoder" and recipe.model.quantization != "none":
+        return False
+    return isinstance(getattr(recipe.model, part), dict) or not getattr(recipe.model, f"freeze_{part}")
 
 
 def _is_adapter(name: str) -> bool:

@@ -1,5 +1,7 @@
 """Merge a run's adapters into full-precision weights: one checkpoint that opens alone and needs no PEFT.
 
+Where fusion and head alone were trained there are no adapters, and the backbones are only put beside them.
+
 A quantised base can't take an adapter without loss, so the base is read again, unquantised.
 """
 
@@ -13,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_vla.assemble import build_model
-from hf_vla.checkpoint import load_checkpoint, load_trained, save_checkpoint
+from hf_vla.checkpoint import WHOLE, load_checkpoint, load_trained, save_checkpoint
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe
@@ -37,17 +39,18 @@ def merge(checkpoint: Path, output: Path) -> float:
 
     Raises:
         FileExistsError: if `output` holds something.
-        ValueError: if there is nothing to merge, or actions differ by more than the dtype's tolerance; nothing is written.
+        ValueError: if the checkpoint is whole already, or actions differ by more than the dtype's tolerance; nothing is
+            written.
     """
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} isn't empty: choose another place for the merged checkpoint.")
+    if (checkpoint / WHOLE).is_file():
+        raise ValueError(f"{checkpoint} has no adapters to merge: its {WHOLE} is the whole model.")
     adapted, processor, recipe = load_checkpoint(checkpoint)
-    if not recipe.lora.apply_to:
-        raise ValueError(f"{checkpoint} has no adapters to merge: its recipe's lora.apply_to is empty.")
     if recipe.model.quantization != "none":
-        recipe = unquantized(recipe)
-        adapted = build_model(recipe, adapted.config)
+        adapted = build_model(unquantized(recipe), adapted.config)
         load_trained(adapted, recipe, checkpoint)
+        recipe = unquantized(recipe)
     before = sample_actions(adapted, processor)
     merge_layers(adapted)
     difference = float((sample_actions(adapted, processor) - before).abs().max())

@@ -1,5 +1,8 @@
 """Merging: one checkpoint that acts alike, opens alone, and is refused where there is nothing to merge."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from hf_vla.checkpoint import load_checkpoint
 from hf_vla.merge import merge
 from hf_vla.policy import Policy
 from hf_vla.train import train
-from tests.test_training import FROZEN, observation
+from tests.test_training import FROZEN, ROOT, observation
 from tests.tiny_run import tiny_recipe
 
 
@@ -25,6 +28,20 @@ def test_a_merged_checkpoint_acts_as_its_adapters_did(tmp_path, quantization):
             Policy.from_pretrained(d).predict_action_chunk(observation()) for d in (run / "model", tmp_path / "merged")
         ]
         np.testing.assert_allclose(*chunks, atol=1e-3)
+
+
+def test_what_trained_without_adapters_is_put_beside_its_backbones(tmp_path):
+    make = [sys.executable, ROOT / "data_scripts/make_tiny_checkpoint.py", tmp_path / "weights"]
+    subprocess.run(make, check=True, capture_output=True)
+    sources = {"vggt": str(tmp_path / "weights/vggt"), "lang_encoder": str(tmp_path / "weights/llama")}
+    run = train(tiny_recipe(model={**FROZEN, **sources}), tmp_path / "run")
+    assert (run / "model/trained.safetensors").is_file()
+    assert merge(run / "model", tmp_path / "merged") == 0
+    chunks = [
+        Policy.from_pretrained(d).predict_action_chunk(observation()) for d in (run / "model", tmp_path / "merged")
+    ]
+    assert chunks[0].tobytes() == chunks[1].tobytes()
+    assert (tmp_path / "merged/model.safetensors").is_file()
 
 
 def test_nothing_to_merge_is_said(tmp_path):

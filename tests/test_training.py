@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_vla.checkpoint import load_checkpoint
 from hf_vla.lora import trained_names
@@ -65,6 +66,28 @@ def test_what_trains_moves_what_is_frozen_stays_and_what_is_saved_is_what_traine
     loaded, _, _ = load_checkpoint(tmp_path / "saved")
     after = weights(model)
     assert all(torch.equal(after[name], tensor) for name, tensor in weights(loaded).items())
+
+
+def test_a_whole_model_in_two_precisions_opens_as_it_was_saved(tmp_path):
+    recipe = tiny_recipe(model={"dtype": "bfloat16", "head": {"type": "discrete"}}, training={"bf16": True})
+    run = train(recipe, tmp_path / "run")
+    assert (run / "model/model.safetensors").is_file()
+    saved = load_file(run / "model/model.safetensors")
+    opened = load_checkpoint(run / "model")[0].state_dict()
+    assert opened.keys() == saved.keys()
+    for name, tensor in opened.items():
+        is_backbone = name.startswith(("model.vggt.", "model.lang_encoder."))
+        assert tensor.dtype == saved[name].dtype == (torch.bfloat16 if is_backbone else torch.float32)
+        assert torch.equal(tensor, saved[name])
+
+
+def test_released_weights_that_trained_in_full_are_saved_as_a_whole_model(tmp_path):
+    make = [sys.executable, ROOT / "data_scripts/make_tiny_checkpoint.py", tmp_path / "weights"]
+    subprocess.run(make, check=True, capture_output=True)
+    sources = {"vggt": str(tmp_path / "weights/vggt"), "lang_encoder": str(tmp_path / "weights/llama")}
+    run = train(tiny_recipe(model=sources), tmp_path / "run")
+    assert (run / "model/model.safetensors").is_file()
+    assert not (run / "model/trained.safetensors").exists()
 
 
 def test_accumulation_follows_the_whole_batch(tmp_path):

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, has_file
 
 from .action_heads import HEADS, DiscreteHead, uniform_levels
 from .configuration_vla import VLAConfig
 from .fusion import FUSIONS, pool_patches
 from .modeling_vggt import VGGTModel
+
+TRAINED = "trained.safetensors"
+"""File of a checkpoint that holds what training changed, and leaves the rest to where it came from."""
 
 
 @dataclass
@@ -191,6 +194,24 @@ class VLAForActionPrediction(VLAPreTrainedModel):
         self.model = VLAModel(config)
         self.head = HEADS[config.head_config.type](config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> "VLAForActionPrediction":
+        """Open a checkpoint of the whole model, as `PreTrainedModel` does.
+
+        Raises:
+            OSError: if there is none; says what to do where only what training changed was saved.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except OSError:
+            where = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+            if not has_file(pretrained_model_name_or_path, TRAINED, **where):
+                raise
+        raise OSError(
+            f"{pretrained_model_name_or_path} holds only what training changed ({TRAINED}, adapters), not the whole model. "
+            "Merge it first (`hf-vla merge RUN`), or open it with hf_vla.Policy.from_pretrained."
+        )
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return LLaMA's token embedding, or None where LLaMA is left out."""

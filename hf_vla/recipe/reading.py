@@ -15,6 +15,14 @@ from transformers import TrainingArguments
 from hf_vla.recipe.consistency import check_consistency
 from hf_vla.recipe.sections import TRAINING_DEFAULTS, Recipe, RecipeError, View
 
+_ELSEWHERE = {
+    "per_device_train_batch_size": "data.batch_size",
+    "hub_model_id": "hub.repo_id",
+    "hub_private_repo": "hub.private",
+    "hub_token": "`hf auth login`, or HF_TOKEN (a recipe is saved with the run, and published),",
+}
+"""Fields of TrainingArguments that a recipe answers in another place."""
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides, the value read as JSON or else as text.
@@ -72,8 +80,8 @@ def _read_section(name: str, values: dict[str, Any]) -> Any:
 def _read_training(values: dict[str, Any]) -> dict[str, Any]:
     hints = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
     for key, value in values.items():
-        if key == "per_device_train_batch_size":
-            raise RecipeError("training.per_device_train_batch_size: data.batch_size is the one place for it.")
+        if key in _ELSEWHERE:
+            raise RecipeError(f"training.{key}: {_ELSEWHERE[key]} is the one place for it.")
         if key not in hints:
             raise RecipeError(f"unknown key training.{key}. {_suggest(key, hints)}")
         if not _fits(value, hints[key]):

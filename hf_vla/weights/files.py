@@ -7,12 +7,13 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -42,6 +43,21 @@ class TensorFile(NamedTuple):
 def is_hub_id(source: str) -> bool:
     """Return whether a source is meant for the Hub: nothing of that name is here, and it reads as user/name."""
     return not Path(source).expanduser().exists() and _HUB_ID.fullmatch(source) is not None
+
+
+def find_folder(source: str) -> Path:
+    """Return a folder, or where the files of a Hub repository are, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: if the source is not there, or can't be reached; says how to get it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(source):
+        raise FileNotFoundError(f"{source}: no such folder here, nor a Hub id (user/name). Give one of the two.")
+    with _said_plainly(source):
+        return Path(snapshot_download(source))
 
 
 def find_file(source: str, names: Sequence[str]) -> Path | None:
@@ -103,20 +119,30 @@ def open_tensors(path: Path) -> TensorFile:
 def _download_first(repo: str, names: Sequence[str]) -> Path | None:
     for name in names:
         try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError as error:
-            reason = "isn't a folder here, isn't downloaded yet, and the Hub can't be reached"
-            raise _unavailable(repo, reason, _connect(repo)) from error
+            with _said_plainly(repo):
+                return Path(hf_hub_download(repo, name))
         except EntryNotFoundError:
             continue
-        except GatedRepoError as error:
-            raise _unavailable(repo, "is gated", _accept_licence(repo)) from error
-        except RepositoryNotFoundError as error:
-            hint = "Check the name; for a private repository, log in first: hf auth login."
-            raise _unavailable(repo, "isn't a folder here, nor a repository that the Hub shows you", hint) from error
-        except HfHubHTTPError as error:
-            raise _unavailable(repo, f"could not be downloaded ({error})", "Try again later.") from error
     return None
+
+
+@contextmanager
+def _said_plainly(repo: str) -> Iterator[None]:
+    """Turn each way in which a download fails into one that says what to do; a file that isn't there stays what it is."""
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        reason = "isn't a folder here, isn't downloaded yet, and the Hub can't be reached"
+        raise _unavailable(repo, reason, _connect(repo)) from error
+    except EntryNotFoundError:
+        raise
+    except GatedRepoError as error:
+        raise _unavailable(repo, "is gated", _accept_licence(repo)) from error
+    except RepositoryNotFoundError as error:
+        hint = "Check the name; for a private repository, log in first: hf auth login."
+        raise _unavailable(repo, "isn't a folder here, nor a repository that the Hub shows you", hint) from error
+    except HfHubHTTPError as error:
+        raise _unavailable(repo, f"could not be downloaded ({error})", "Try again later.") from error
 
 
 def _unavailable(repo: str, reason: str, hint: str) -> FileNotFoundError:
