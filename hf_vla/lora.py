@@ -7,9 +7,18 @@ ADAPTER = "default"
 
 
 def freeze(model: nn.Module, backbones: list[str]) -> None:
-    """Freeze the named backbones (`vggt`, `lang_encoder`) of a VLAForActionPrediction and leave the rest trainable."""
+    """Freeze the named backbones (`vggt`, `lang_encoder`) of a VLAForActionPrediction, and what is never read of VGGT."""
     for name in backbones:
         getattr(model.model, name).requires_grad_(False)
+    for name in unread_blocks(model):
+        model.get_submodule(name).requires_grad_(False)
+
+
+def unread_blocks(model: nn.Module) -> list[str]:
+    """Name VGGT's blocks above the layer whose tokens are used: they never run, so no gradient would reach them."""
+    depth = model.config.vggt_config.depth
+    above = range(model.config.vggt_layer % depth + 1, depth)
+    return [f"model.vggt.{stack}.{i}" for stack in ("frame_blocks", "global_blocks") for i in above]
 
 
 def lora_config(model: nn.Module, lora) -> LoraConfig:
@@ -67,11 +76,11 @@ def _logical_size(parameter: nn.Parameter) -> int:
 
 
 def _targets(model: nn.Module, backbone: str, wanted: str | list[str]) -> list[str]:
-    prefix = f"model.{backbone}."
+    prefix, unread = f"model.{backbone}.", tuple(f"{block}." for block in unread_blocks(model))
     linear = {
         prefix + name: name.rpartition(".")[2]
         for name, module in getattr(model.model, backbone).named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and not (prefix + name).startswith(unread)
     }
     if wanted == "all-linear":
         return list(linear)

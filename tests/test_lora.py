@@ -1,0 +1,51 @@
+"""What trains: with VGGT read below its top, exactly what a gradient can reach."""
+
+import pytest
+import torch
+
+from hf_vla.assemble import build_config, build_model
+from hf_vla.lora import trained_names
+from tests.tiny_run import TINY_VGGT, tiny_recipe
+
+DEPTH = 3
+FROZEN = {"freeze_vggt": True, "freeze_lang_encoder": True}
+LORA = {"apply_to": ["vggt", "lang_encoder"], "r": 2}
+
+
+def batch_of(config) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values": torch.rand(2, 2, 3, 28, 28, generator=generator),
+        "input_ids": torch.randint(1, 200, (2, 5), generator=generator),
+        "state": torch.randn(2, config.state_dim, generator=generator),
+        "actions": torch.randn(2, config.chunk_size, config.action_dim, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 0])
+@pytest.mark.parametrize("sections", [{}, {"model": FROZEN, "lora": LORA}], ids=["full", "lora"])
+def test_every_trainable_parameter_gets_a_gradient(sections, layer):
+    vggt = {"vggt": {**TINY_VGGT, "depth": DEPTH}, "vggt_layer": layer}
+    recipe = tiny_recipe(**{**sections, "model": {**sections.get("model", {}), **vggt}})
+    config = build_config(recipe, num_views=2, state_dim=4, action_dim=4)
+    model = build_model(recipe, config).train()
+    model(**batch_of(config)).loss.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == trained_names(model)
+    blocks = {name.split(".")[3] for name in reached if name.startswith("model.vggt.global_blocks.")}
+    assert blocks == {str(i) for i in range(layer % DEPTH + 1)}
+
+
+def test_adapters_stay_below_the_layer_that_is_read():
+    recipe = tiny_recipe(
+        model={**FROZEN, "vggt": {**TINY_VGGT, "depth": DEPTH}, "vggt_layer": 0},
+        lora={**LORA, "target_modules": ["qkv"]},
+    )
+    recipe.lora.apply_to = ["vggt"]
+    model = build_model(recipe, build_config(recipe, 2, 4, 4))
+    adapted = {name.rpartition(".attn.")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {
+        "model.vggt.patch_embed.blocks.0",
+        "model.vggt.frame_blocks.0",
+        "model.vggt.global_blocks.0",
+    }
