@@ -17,9 +17,9 @@ from data_scripts.make_tiny_checkpoint import write_llama, write_vggt
 from hf_vla.lora import count_parameters
 from hf_vla.memory.trace import Shapes, trace
 from hf_vla.policy import Policy
+from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe, RecipeError, make_recipe
 from hf_vla.rollout.metrics import offline_report
-from hf_vla.prepare import build_trainer
 from hf_vla.trainer import VLATrainer
 
 WIDTH = 32

@@ -4,6 +4,7 @@ A rollout's success says little alone, so each is set beside what chance, the ex
 and the same policy with another task's instruction achieve from the same start positions.
 """
 
+import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from hf_vla import run
 from hf_vla.data.mixture import build_datasets
+from hf_vla.geometry import write_geometry
 from hf_vla.policy import Policy
 from hf_vla.recipe import Recipe, load_recipe
 from hf_vla.rollout.loop import (
@@ -45,6 +47,8 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     offline = offline_report(policy.predict_samples, eval_data, train_data)
     run.update_info(directory, {"offline": offline})
     run.write_json(directory / "episode.json", compare_episode(policy, eval_data))
+    if recipe.model.outputs == "geometry":
+        write_geometry(directory, recipe.model.vggt, policy.model.model.vggt, policy.processor, eval_data[0])
     return offline
 
 
@@ -95,9 +99,9 @@ def roll_out(condition: str, directory: Path, recipe: Recipe, workers: int) -> d
     tasks, pieces = [], []
     for task in evaluation.swapped if condition == SWAPPED else evaluation.tasks:
         make_env = functools.partial(_make_env, task, recipe, condition)
-        parts = split_job(Job(make_env, make_policy, seeds, evaluation.max_steps), workers)
-        tasks += [task] * len(parts)
-        pieces += parts
+        for part in split_job(Job(make_env, make_policy, seeds, evaluation.max_steps), workers):
+            tasks.append(task)
+            pieces.append(dataclasses.replace(part, make_policy=functools.partial(make_policy, part.seeds[0])))
     episodes: dict[str, list[EpisodeResult]] = {}
     for task, results in zip(tasks, run_in_processes(pieces, workers), strict=True):
         episodes.setdefault(task, []).extend(results)
@@ -117,9 +121,9 @@ def _make_env(task: str, recipe: Recipe, condition: str) -> MetaWorldEnv:
     )
 
 
-def _make_policy(condition: str, checkpoint: str, env: MetaWorldEnv):
+def _make_policy(condition: str, checkpoint: str, seed: int, env: MetaWorldEnv):
     if condition == RANDOM:
-        return RandomPolicy(seed=0, action_dim=len(ACTION_NAMES))
+        return RandomPolicy(seed, action_dim=len(ACTION_NAMES))
     if condition == EXPERT:
         return ExpertPolicy(env)
     policy = Policy.from_pretrained(checkpoint)

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .charts import episode_charts, memory_chart, training_charts
 from .findings import beats_random, listens, sees
-from .run_files import Episode, LogLine, MemoryLine, Offline, Run, read_json, read_required
+from .run_files import Episode, LogLine, MemoryLine, Offline, Run, SeenGeometry, read_json, read_required
 
 CONDITIONS = {
     "rollouts": "Policy",
@@ -23,6 +23,9 @@ CONDITIONS = {
 """Keys of run.json and what the page calls them, in the order of its columns."""
 PICTURE_BYTES = 1_700_000
 """What all contact sheets may take; base64 adds a third, and the page stays under 3 MB."""
+
+GEOMETRY_BYTES = 300_000
+"""What the pictures of views and their depth may take."""
 
 
 class OfflineRow(NamedTuple):
@@ -53,6 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
     history = read_json(run_dir / "log_history.json", list[LogLine])
     memory = read_json(run_dir / "memory.jsonl", list[MemoryLine])
     episode = read_json(run_dir / "episode.json", Episode)
+    geometry = read_json(run_dir / "geometry.json", SeenGeometry)
     page = _template().render(
         name=run_dir.resolve().name,
         recipe=recipe,
@@ -65,6 +69,8 @@ def write_report(run_dir: str | Path) -> Path:
         episode=episode,
         episode_charts=episode_charts(episode) if episode else [],
         sheets=contact_sheets(run_dir / "rollouts"),
+        geometry=geometry,
+        geometry_pictures=geometry_pictures(run_dir / "geometry", geometry) if geometry else {},
         memory=memory,
         memory_chart=memory_chart(memory or [], run.events or []),
         retries=max((line.retries for line in memory or [] if line.retries is not None), default=None),
@@ -106,6 +112,15 @@ def contact_sheets(folder: Path) -> dict[str, list[Sheet]]:
     for path in paths:
         sheets.setdefault(path.parent.name, []).append(Sheet(path.stem, _data_uri(path, PICTURE_BYTES // len(paths))))
     return sheets
+
+
+def geometry_pictures(folder: Path, geometry: SeenGeometry) -> dict[str, list[str]]:
+    """Embed each view's picture and its depth, by the view's name."""
+    limit = GEOMETRY_BYTES // (2 * len(geometry.views))
+    return {
+        view.name: [_data_uri(folder / f"{kind}_{view.file}", limit) for kind in ("view", "depth")]
+        for view in geometry.views
+    }
 
 
 def _data_uri(path: Path, limit: int) -> str:

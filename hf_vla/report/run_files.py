@@ -176,6 +176,29 @@ class Episode(BaseModel):
         return self
 
 
+class SeenView(BaseModel):
+    """One view through VGGT's heads; the pose is that of view 0's camera, seen from this one."""
+
+    name: str
+    file: str
+    """Under `geometry/`, behind `view_` and `depth_`."""
+    near: float
+    far: float
+    translation: list[float]
+    quaternion: list[float]
+    angle_degrees: float
+    field_of_view_degrees: tuple[float, float]
+
+
+class SeenGeometry(BaseModel):
+    """geometry.json: depth and cameras of one held-out observation."""
+
+    task: str
+    episode_index: int
+    frame_index: int
+    views: list[SeenView]
+
+
 def read_json(path: Path, shape: Any) -> Any:
     """Read a JSON file, or JSON lines from a `.jsonl`, as the given type; None if there is no such file.
 
