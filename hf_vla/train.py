@@ -61,7 +61,11 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
 
 
 def is_restarted() -> bool:
-    """Whether the launcher (`--max_restarts`) has started this process again after a rank had to stop."""
+    """Whether the launcher (`--max_restarts`) has started this process again after a rank had to stop.
+
+    To be launched with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: started again, ranks may else read the addresses of those that
+    ended, and hang (github.com/pytorch/pytorch/issues/135712).
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 

@@ -23,6 +23,8 @@ class Scenario(NamedTuple):
     place: str = ""
     rows: int = 0
     """Rows at once that fit it."""
+    first: int = 1
+    """The first call that fails, counted from 0."""
 
 
 def plain(accumulation: int) -> Recipe:
@@ -39,7 +41,7 @@ def random(accumulation: int = 2) -> Recipe:
 SCENARIOS = {
     "plain": Scenario(plain(1)),
     "undisturbed": Scenario(random()),
-    "forward": Scenario(random(), 1, "forward", 2),
+    "forward": Scenario(random(), 1, "forward", 2, first=0),
     "backward": Scenario(random(), 0, "backward", 1),
     "exhausted": Scenario(random(), 1, "backward", 0),
 }

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_vla.prepare import build_trainer
 from hf_vla.run import read_info
-from hf_vla.train import build_trainer
 from tests.distributed.launch import torchrun
 from tests.distributed.scenarios import SCENARIOS, outcome_of, plain
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hf_vla.prepare import build_trainer
 from hf_vla.run import open_run
-from hf_vla.train import build_trainer
 from tests.distributed.scenarios import SCENARIOS, outcome_of
 from tests.faults.shortage import PLACES, Shortage
 
@@ -21,7 +21,8 @@ def main(folder: Path) -> None:
         if rank == 0:
             open_run(folder / name, scenario.recipe)
         if rank == scenario.rank:
-            PLACES[scenario.place](trainer.bare_model(), Shortage(scenario.rows, lambda call: call >= 1))
+            shortage = Shortage(scenario.rows, lambda call, first=scenario.first: call >= first)
+            PLACES[scenario.place](trainer.bare_model(), shortage)
         torch.save(outcome_of(trainer), folder / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
