@@ -7,6 +7,8 @@ Source: c10/cuda/CUDACachingAllocator.cpp (get_allocation_size, get_free_block, 
 
 import bisect
 
+import numpy as np
+
 from hf_vla.memory.ledger import BLOCK, KINDS, Ledger
 
 MIB = 2**20
@@ -89,9 +91,14 @@ class CachingAllocator:
 
 
 def reserved_peak(ledger: Ledger) -> int:
-    """Give the bytes that the allocator has reserved at the end of a ledger, and so at its most."""
+    """Give the bytes that the allocator has reserved at the end of a ledger, and so at its most.
+
+    What only passed through while loading is left out: the trace warms up there, as no run does.
+    """
     allocator = CachingAllocator()
+    passing = ledger.block[(ledger.phase == 0) & (ledger.size < 0) & ~ledger.relabels]
     on_device = (ledger.slot % len(KINDS) != KINDS.index("host")) & ~ledger.relabels & (ledger.size != 0)
+    on_device &= ~np.isin(ledger.block, passing)
     held: dict[int, int] = {}
     for size, block in zip(ledger.size[on_device].tolist(), ledger.block[on_device].tolist(), strict=True):
         if size > 0:

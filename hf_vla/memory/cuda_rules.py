@@ -79,6 +79,11 @@ def workspace_bytes(func, args: tuple) -> int:
     return rule(*args) if rule else 0
 
 
+def no_workspace(func, args: tuple) -> int:
+    """Count no workspaces, as for real tensors, whose allocator sees them."""
+    return 0
+
+
 def _attention_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args) -> int:
     """FlashAttention-2 sums dq in float32, and keeps one number a row: flash_api.cpp, `dq_accum` and `softmax_d`."""
     batch, heads, tokens, width = query.shape

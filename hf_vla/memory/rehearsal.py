@@ -161,8 +161,8 @@ def enable_checkpointing(model: nn.Module, recipe: Recipe) -> None:
 
 def autocast_forward(model: nn.Module, recipe: Recipe) -> Callable:
     """Wrap the model's forward as accelerate does for mixed precision."""
-    if recipe.training.get("bf16"):
-        return convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
-    if recipe.training.get("fp16"):
-        return convert_outputs_to_fp32(torch.autocast("cpu", torch.float16)(model.forward))
-    return model.forward
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((half[key] for key in half if recipe.training.get(key)), None)
+    if dtype is None:
+        return model.forward
+    return convert_outputs_to_fp32(torch.autocast(model.device.type, dtype)(model.forward))

@@ -58,7 +58,13 @@ class Trace:
         return replace(self, ledger=self.ledger.at_batch(batch_size), work=work)
 
 
-def trace(recipe: Recipe, shapes: Shapes, batch_size: int | None = None, in_full: bool = False) -> Trace:
+def trace(
+    recipe: Recipe,
+    shapes: Shapes,
+    batch_size: int | None = None,
+    in_full: bool = False,
+    workspace: Callable[..., int] = workspace_bytes,
+) -> Trace:
     """Trace a recipe's training, evaluation and checkpoint writing at one micro-batch.
 
     Args:
@@ -67,12 +73,13 @@ def trace(recipe: Recipe, shapes: Shapes, batch_size: int | None = None, in_full
         batch_size: the micro-batch; None takes the recipe's.
         in_full: two optimizer steps of two micro-steps each, instead of a last micro-step beside warmed-up states and
             gradients; the peaks are the same.
+        workspace: what an operation's kernel takes beside its results; CUDA's by default.
     """
     config = build_config(recipe, shapes.num_views, shapes.state_dim, shapes.action_dim)
     model = build_on_meta(recipe, config)
     size = batch_size or recipe.data.batch_size
-    tracker = MemoryTracker(workspace_bytes)
-    with without_cycles(), fake_tables(), FakeTensorMode(), CudaAutocast():
+    tracker = MemoryTracker(workspace)
+    with without_cycles(), fake_tables(), FakeTensorMode(), CudaAutocast(), offloading(tracker):
         rehearse(recipe, model, shapes, size, tracker, fill_with_fake, in_full)
     return Trace(
         replace(tracker.ledger(), batch_size=size),
@@ -126,7 +133,7 @@ def rehearse(
     fill(model)
     accumulation = recipe.training["gradient_accumulation_steps"]
     eval_size = recipe.training.get("per_device_eval_batch_size", batch_size)
-    with offloading(tracker), tracker:
+    with tracker:
         rehearsal = Rehearsal(recipe, model, tracker)
         # Trainer fetches all micro-batches of a step before the first, and holds them until the next step's are there
         batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]

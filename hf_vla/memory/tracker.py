@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_vla.memory.cuda_rules import no_workspace
 from hf_vla.memory.ledger import COMPONENTS, KINDS, PHASES, Ledger, slot_of, sort_frees
 from hf_vla.memory.work import Work, WorkLog
 
@@ -34,7 +35,7 @@ class MemoryTracker(TorchDispatchMode):
         workspace: (operation, arguments) -> bytes that the operation takes and gives back while its results are there.
     """
 
-    def __init__(self, workspace: Callable[..., int] = lambda func, args: 0):
+    def __init__(self, workspace: Callable[..., int] = no_workspace):
         super().__init__()
         self._workspace = workspace
         self._events: list[tuple[int, int, int, int, bool]] = []

@@ -1,0 +1,167 @@
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from tiny_plan import SHAPES, tiny_recipe
+
+from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.gpus import GPUS, find_gpu, write_calibration
+from hf_vla.memory.ladder import search
+from hf_vla.memory.plan_table import render_candidates, render_plan
+from hf_vla.memory.planner import make_plan, plan_recipe
+from hf_vla.memory.sizes import format_size, parse_size
+from hf_vla.memory.trace import trace
+from hf_vla.memory.wishes import Wish, parse_train, recipe_of
+from hf_vla.recipe import load_recipe
+
+GPU = GPUS["RTX 6000 Ada"]
+LORA = {"apply_to": ["lang_encoder"]}
+MIB, GIB = 2**20, 2**30
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return tiny_recipe(lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def traced(recipe):
+    return trace(recipe, SHAPES)
+
+
+def drawn(renderable) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("28GiB", 28 * GIB), ("28 GB", 28 * 10**9), ("1.5gib", 3 * GIB // 2), ("4096", 4096)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "28 gallons", "-1GiB", "0"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="28GiB"):
+        parse_size(text)
+
+
+def test_sizes_are_written_as_people_read_them():
+    assert (format_size(28 * GIB), format_size(9 * MIB)) == ("28.00 GiB", "9 MiB")
+
+
+def test_a_plan_adds_up(recipe, traced):
+    plan = make_plan(recipe, traced, 1 * GIB, 1, GPU, SHAPES)
+    assert sum(sum(kinds.values()) for kinds in plan.components.values()) == plan.tensor_peak
+    assert plan.total == plan.tensor_peak + sum(line.bytes for line in plan.lines)
+    assert plan.tensor_peak == max(plan.phases.values()) == plan.phases[plan.peak_phase]
+    assert plan.fits
+    assert plan.headroom == GIB - plan.total
+    assert json.loads(json.dumps(plan.to_dict()))["total"] == plan.total
+
+
+def test_a_plan_that_does_not_fit_says_what_is_missing(recipe, traced):
+    plan = make_plan(recipe, traced, 100 * MIB, 1, GPU, SHAPES)
+    assert not plan.fits
+    assert "✗ doesn't fit 100 MiB" in drawn(render_plan(plan))
+    assert format_size(-plan.headroom) in drawn(render_plan(plan))
+
+
+def test_a_plan_names_the_source_of_whatever_is_not_a_tensor(recipe, traced):
+    plan = make_plan(recipe, traced, None, 2, GPU, SHAPES)
+    assert {line.name for line in plan.lines} == {"fragmentation", "cuBLAS workspaces", "CUDA context", "NCCL"}
+    text = drawn(render_plan(plan))
+    assert all(line.source[:30] in text for line in plan.lines)
+    assert plan.fits is None
+    assert "No budget" in text
+
+
+def test_sharding_divides_what_is_held_for_good(recipe, traced):
+    sharded = tiny_recipe(lora=LORA, training={"fsdp": "full_shard"})
+    alone, one_of_eight = (make_plan(sharded, traced, None, gpus, GPU, SHAPES) for gpus in (1, 8))
+    weights = [sum(k.get("weights", 0) for k in plan.components.values()) for plan in (alone, one_of_eight)]
+    assert weights[1] < weights[0] / 4  # blocks of 512 bytes keep small tensors from dividing evenly
+    assert any(line.name == "gathered layers" for line in one_of_eight.lines)
+    assert any("not traced" in note for note in one_of_eight.notes)
+
+
+def test_assumed_shapes_are_said(recipe, traced):
+    plan = make_plan(recipe, traced, None, 1, GPU, replace(SHAPES, assumed=("text_tokens",)))
+    assert any("text_tokens 12" in note for note in plan.notes)
+
+
+def test_the_budget_is_the_recipes_unless_another_is_given(recipe):
+    limited = replace(recipe, memory=replace(recipe.memory, budget="2GiB"))
+    assert plan_recipe(limited, gpu="L40S", shapes=SHAPES).budget == 2 * GIB
+    with pytest.raises(ValueError, match="isn't a size"):
+        plan_recipe(recipe, budget="a lot", shapes=SHAPES)
+
+
+def test_gpus_are_found_by_the_drivers_names():
+    assert find_gpu("NVIDIA RTX 6000 Ada Generation").name == "RTX 6000 Ada"
+    assert find_gpu("NVIDIA H100 80GB HBM3").name == "H100-80GB"
+    assert find_gpu("NVIDIA GeForce RTX 4090").name == "RTX 4090"
+    with pytest.raises(ValueError, match="known are"):
+        find_gpu("Voodoo 2")
+
+
+def test_measured_constants_replace_stated_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_calibration(replace(GPU, context_bytes=321 * MIB, source="measured"))
+    assert (find_gpu(GPU.name).context_bytes, find_gpu(GPU.name).source) == (321 * MIB, "measured")
+    assert find_gpu("L40S").context_bytes == GPUS["L40S"].context_bytes
+
+
+def test_what_to_train_is_read_in_words():
+    assert parse_train("language=qlora, vggt=frozen") == {"language": "qlora", "vggt": "frozen"}
+    for wrong in ("language=lots", "wheels=full", "vggt"):
+        with pytest.raises(ValueError, match="language=lora"):
+            parse_train(wrong)
+
+
+def test_a_wish_becomes_a_recipe(recipe):
+    made = recipe_of(Wish(language="qlora", vggt="full"), recipe)
+    assert made.model.quantization == "nf4"
+    assert made.model.freeze_lang_encoder
+    assert not made.model.freeze_vggt
+    assert made.lora.apply_to == ["lang_encoder"]
+
+
+@pytest.mark.slow
+def test_the_search_finds_what_fits_fastest_first(recipe):
+    found = search(Wish(effective_batch=16), GIB, recipe, shapes=SHAPES, workers=1)
+    speeds = [candidate.plan.samples_per_second for candidate in found]
+    assert speeds[1:] == sorted(speeds[1:], reverse=True)
+    assert all(candidate.plan.fits and candidate.plan.effective_batch == 16 for candidate in found)
+    assert not any(candidate.changes for candidate in found)
+    best = found[0]
+    again = plan_recipe(best.recipe, GIB, shapes=SHAPES)
+    assert again.total == best.plan.total
+    assert "samples/s" in drawn(render_candidates(found))
+
+
+@pytest.mark.slow
+def test_an_impossible_budget_names_the_smallest_that_works(recipe):
+    with pytest.raises(MemoryBudgetError, match=r"smallest budget that works is \d+\.\d+ GiB") as error:
+        search(Wish(effective_batch=8), 100 * MIB, recipe, shapes=SHAPES, workers=1)
+    assert "--allow quantize" in str(error.value)
+
+
+def test_an_effective_batch_divides_over_the_gpus(recipe):
+    with pytest.raises(ValueError, match="multiple of 3"):
+        search(Wish(effective_batch=64, gpus=3), GIB, recipe, shapes=SHAPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["safe", "lora", "qlora", "balanced", "max", "full_language", "end_to_end"])
+def test_the_recipes_fit_their_budgets(name, request):
+    made = load_recipe(request.config.rootpath / f"recipes/{name}.json")
+    plan = plan_recipe(made, gpu=GPU.name)
+    assert plan.fits, drawn(render_plan(plan))
+    if name == "lora":
+        assert plan.batch_size >= 8
+        assert parse_size("28GiB") == plan.budget

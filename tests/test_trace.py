@@ -1,0 +1,166 @@
+import functools
+
+import pytest
+from tiny_plan import LLAMA, SHAPES, VGGT, tiny_recipe
+
+from hf_vla.memory.allocator import reserved_peak
+from hf_vla.memory.ledger import PHASES
+from hf_vla.memory.shapes import Shapes
+from hf_vla.memory.trace import trace, trace_any_batch
+from hf_vla.recipe import make_recipe
+
+GB = 10**9
+
+BOTH_TRAIN = {"freeze_vggt": False, "freeze_lang_encoder": False}
+LORA = {"apply_to": ["lang_encoder"]}
+CHECKPOINTED = {"activation_checkpointing": True}
+
+
+def peaks(recipe, batch_size: int | None = None) -> dict[str, int]:
+    ledger = traced(recipe, batch_size).ledger
+    return {phase: ledger.peak(phase)[0] for phase in PHASES[1:]} | {"all": ledger.peak()[0]}
+
+
+def traced(recipe, batch_size: int | None = None, **options):
+    return trace(recipe, SHAPES, batch_size, **options)
+
+
+def kinds_of(recipe) -> dict[str, int]:
+    ledger = traced(recipe).ledger
+    table = ledger.breakdown(ledger.peak("step")[1])
+    return {kind: sum(row.get(kind, 0) for row in table.values()) for kind in ("weights", "gradients", "optimizer")}
+
+
+@functools.cache
+def lora_peaks() -> dict[str, int]:
+    return peaks(tiny_recipe(lora=LORA))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"lora": LORA, "training": {"gradient_accumulation_steps": 3}},
+        pytest.param(
+            {"model": BOTH_TRAIN, "training": {"optim": "adamw_torch", **CHECKPOINTED}}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["lora, accumulating", "end to end, foreach, checkpointed"],
+)
+def test_one_micro_step_beside_warm_states_peaks_as_two_whole_steps_do(sections):
+    recipe = tiny_recipe(**sections)
+    short, whole = traced(recipe).ledger, traced(recipe, in_full=True).ledger
+    assert [short.peak(phase)[0] for phase in PHASES[1:]] == [whole.peak(phase)[0] for phase in PHASES[1:]]
+
+
+def test_two_micro_batches_tell_a_third_exactly():
+    recipe = tiny_recipe(lora=LORA, training=CHECKPOINTED)
+    told, itself = trace_any_batch(recipe, SHAPES).at_batch(7), traced(recipe, 7)
+    for phase in PHASES[1:]:
+        assert told.ledger.peak(phase)[0] == itself.ledger.peak(phase)[0]
+    assert reserved_peak(told.ledger) == reserved_peak(itself.ledger)
+    assert told.work.flops_of() == pytest.approx(itself.work.flops_of())
+
+
+@pytest.mark.parametrize(
+    ("sections", "phase"),
+    [
+        ({"data": {"batch_size": 8}}, "backward"),
+        ({"data": {"image_size": 56}}, "evaluation"),
+        ({"lora": {**LORA, "r": 64}}, "step"),
+        ({"model": {"dtype": "float32"}}, "saving"),
+    ],
+    ids=["batch", "image size", "rank", "dtype"],
+)
+def test_what_takes_more_is_seen_to_take_more(sections, phase):
+    assert peaks(tiny_recipe(**{"lora": LORA, **sections}))[phase] > lora_peaks()[phase]
+
+
+@pytest.mark.parametrize(
+    ("sections", "phase"),
+    [
+        ({"training": CHECKPOINTED}, "backward"),
+        ({"model": {"quantization": "nf4"}}, "saving"),
+        ({"model": {"quantization": "int8"}}, "saving"),
+        ({"memory": {"cache": ["vggt"]}}, "saving"),
+        ({"training": {"optim": "adamw_bnb_8bit"}}, "saving"),
+    ],
+    ids=["checkpointing", "nf4", "int8", "cache", "8-bit states"],
+)
+def test_what_saves_memory_is_seen_to_save_it(sections, phase):
+    assert peaks(tiny_recipe(**{"lora": LORA, **sections}))[phase] < lora_peaks()[phase]
+
+
+def test_offloaded_activations_live_on_the_host():
+    on_device = tiny_recipe(lora=LORA, training=CHECKPOINTED)
+    options = {**CHECKPOINTED, "activation_checkpointing_kwargs": {"offload": True}}
+    offloaded = tiny_recipe(lora=LORA, training=options)
+    here, there = traced(on_device).ledger, traced(offloaded).ledger
+    assert here.host_peak() == 0
+    assert there.host_peak() >= 2 * 4 * SHAPES.text_tokens * LLAMA["hidden_size"] * 2  # each layer's input, bf16
+    assert there.peak("forward")[0] < here.peak("forward")[0]
+
+
+def test_the_optimizer_in_backward_holds_one_gradient_at_a_time():
+    at_the_end = {"model": BOTH_TRAIN, "training": {"max_grad_norm": 0.0}}
+    in_backward = {**at_the_end, "memory": {"optimizer_in_backward": True}}
+    gradients = kinds_of(tiny_recipe(**at_the_end))["gradients"]
+    assert gradients > 0
+    assert kinds_of(tiny_recipe(**in_backward))["gradients"] == 0
+    saved = peaks(tiny_recipe(**at_the_end))["backward"] - peaks(tiny_recipe(**in_backward))["backward"]
+    assert saved > 0.1 * gradients  # at the peak, activations are still there and gradients not yet
+
+
+def test_bytes_of_weights_gradients_and_states_are_those_of_their_dtypes():
+    recipe = tiny_recipe(model={**BOTH_TRAIN, "dtype": "float32"}, training={"bf16": False})
+    kinds, parameters = kinds_of(recipe), traced(recipe).parameters["trained"]
+    assert kinds["gradients"] == pytest.approx(4 * parameters, rel=0.1)  # small tensors fill blocks of 512 bytes
+    assert kinds["optimizer"] == pytest.approx(8 * parameters, rel=0.25)
+
+
+def test_frozen_vggt_costs_a_forward_and_no_backward():
+    work = traced(tiny_recipe(lora=LORA)).work
+    assert work.flops_of(("forward",))["vggt"] > 0
+    assert "vggt" not in work.flops_of(("backward",))
+    assert VGGT["depth"] == 1
+
+
+FROZEN = {"freeze_vggt": True, "freeze_lang_encoder": True}
+FULL_LANGUAGE = {"freeze_vggt": True, "freeze_lang_encoder": False}
+IN_BACKWARD = {
+    "training": {"max_grad_norm": 0.0, "optim": "paged_adamw_8bit"},
+    "memory": {"optimizer_in_backward": True},
+}
+EIGHT_BIT = {"training": {"optim": "adamw_bnb_8bit"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sections", "weights", "gradients", "states"),
+    [
+        # GB of both backbones; LLaMA 6.607 G parameters without lm_head, VGGT's aggregator 0.909 G, adapters 0.040 G
+        ({"model": FROZEN}, 15.03, 0, 0),
+        ({"model": FROZEN, "lora": LORA}, 15.19, 0.160, 0.320),
+        ({"model": {**FROZEN, "quantization": "nf4"}, "lora": LORA}, 5.58, 0.160, 0.320),
+        ({"model": FULL_LANGUAGE}, 15.03, 13.21, 26.43),
+        ({"model": FULL_LANGUAGE, **EIGHT_BIT}, 15.03, 13.21, 13.42),
+        ({"model": BOTH_TRAIN}, 15.03, 15.03, 30.06),
+        ({"model": BOTH_TRAIN, **IN_BACKWARD}, 15.03, 0, 0),
+    ],
+    ids=["frozen", "lora", "qlora", "full", "full, 8 bits", "end to end", "end to end, in backward and paged"],
+)
+def test_full_size_models_hold_what_arithmetic_says(sections, weights, gradients, states):
+    recipe = make_recipe({"data": {"batch_size": 1}, "training": {}, **sections})
+    ledger = trace(recipe, Shapes()).ledger
+    table = ledger.breakdown(ledger.peak("step")[1])
+    held = {
+        kind: sum(table[c].get(kind, 0) for c in ("vggt", "language"))
+        for kind in ("weights", "gradients", "optimizer")
+    }
+    wanted = (weights * GB, gradients * GB, states * GB)
+    assert tuple(held.values()) == pytest.approx(wanted, rel=0.02, abs=0.1 * GB)
+
+
+@pytest.mark.slow
+def test_a_full_size_pair_takes_the_work_that_is_known_of_it():
+    work = trace(make_recipe({"data": {"batch_size": 2}}), Shapes()).work
+    assert work.flops_of(("forward",))["vggt"] / 2 == pytest.approx(6.47e12, rel=0.02)
