@@ -95,7 +95,7 @@ def _train(training: Training) -> str:
     training.directory.parent.mkdir(parents=True, exist_ok=True)
     log = training.directory.with_name(training.directory.name + ".log")
     words = [word for override in training.overrides for word in ("--set", override)]
-    resume = ["--resume"] if training.directory.exists() else []
+    resume = ["--resume"] if (training.directory / run.RECIPE).exists() else []
     command = [sys.executable, ROOT / "hf_vla/train.py", training.recipe_file, *words, *resume]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
