@@ -7,9 +7,9 @@ import torch
 
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.ranks import RESTART
+from hf_vla.prepare import build_trainer
 from hf_vla.recipe import RecipeError
 from hf_vla.run import read_info
-from hf_vla.prepare import build_trainer
 from tests.tiny_run import tiny_recipe
 
 

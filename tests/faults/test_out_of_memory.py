@@ -11,8 +11,8 @@ from transformers import Trainer
 import hf_vla.trainer
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.microbatch import Fit, free_cache
-from hf_vla.run import read_info
 from hf_vla.prepare import build_trainer
+from hf_vla.run import read_info
 from tests.faults.shortage import PLACES, Shortage, in_evaluation, in_forward
 from tests.tiny_run import tiny_recipe
 
