@@ -48,7 +48,10 @@ class SelfBlock(GradientCheckpointingLayer):
 
 
 class CrossBlock(GradientCheckpointingLayer):
-    """Pre-norm block: queries mix with each other, read the context, then pass an MLP."""
+    """Pre-norm block: queries read the context, mix with each other, then pass an MLP.
+
+    They read first: before the first reading they have nothing to tell each other.
+    """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -61,9 +64,9 @@ class CrossBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Transform x (B, Q, F) by context (B, K, F); mask (B, K) is True where the context may be read."""
+        x = x + self.dropout(self.cross_attention(self.cross_norm(x), context, mask))
         h = self.self_norm(x)
         x = x + self.dropout(self.self_attention(h, h))
-        x = x + self.dropout(self.cross_attention(self.cross_norm(x), context, mask))
         return x + self.dropout(self.mlp(x))
 
 

@@ -13,7 +13,7 @@ from .configuration_vla import VLAConfig
 
 
 class LateFusion(nn.Module):
-    """Learned action queries read view tokens, text states and robot state; LLaMA reads text only.
+    """Learned action queries and the robot's state read view tokens and text states; LLaMA reads text only.
 
     `gated` also weighs each channel of each view token by what the text is about, before the queries look.
 
@@ -53,12 +53,13 @@ class LateFusion(nn.Module):
         views, text = self.views(view_features), self.text(text_features)
         if self.gate is not None:
             views = self.gate(views, text, text_mask)
-        context = self.context_norm(torch.cat([views, text, self.state(state)], dim=1))
-        mask = _widen(text_mask, before=views.shape[1], behind=1)
-        x = self.queries.weight.expand(len(context), -1, -1)
+        context = self.context_norm(torch.cat([views, text], dim=1))
+        mask = _widen(text_mask, before=views.shape[1], behind=0)
+        # The state rides with the queries: where it looks, and what it finds, depends on where the robot is.
+        x = torch.cat([self.queries.weight.expand(len(context), -1, -1), self.state(state)], dim=1)
         for block in self.blocks:
             x = block(x, context, mask)
-        return self.norm(x)
+        return self.norm(x[:, :-1])
 
 
 class PrefixFusion(nn.Module):

@@ -32,7 +32,9 @@ BLOCK_EPS = 1e-5
 
 POSITION_STD = 0.5
 """About that of an embedded patch: with DINOv2's 0.02 a small model from scratch takes long to tell places apart."""
-TOKEN_STD = 1e-6
+TOKEN_STD = 0.02
+"""Not the release's 1e-6: a LayerNorm that meets so small a token multiplies its gradient by hundreds, and clipping by the
+global norm then takes that from all other gradients."""
 
 
 def count_patches(pixels: int, patch_size: int, name: str) -> int:
