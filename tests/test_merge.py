@@ -1,8 +1,5 @@
 """Merging: one checkpoint that acts alike, opens alone, and is refused where there is nothing to merge."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -10,8 +7,8 @@ from hf_vla.checkpoint import load_checkpoint
 from hf_vla.merge import merge
 from hf_vla.policy import Policy
 from hf_vla.train import train
-from tests.test_training import FROZEN, ROOT, observation
-from tests.tiny_run import tiny_recipe
+from tests.test_training import FROZEN, observation
+from tests.tiny_run import released_weights, tiny_recipe
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -31,10 +28,7 @@ def test_a_merged_checkpoint_acts_as_its_adapters_did(tmp_path, quantization):
 
 
 def test_what_trained_without_adapters_is_put_beside_its_backbones(tmp_path):
-    make = [sys.executable, ROOT / "data_scripts/make_tiny_checkpoint.py", tmp_path / "weights"]
-    subprocess.run(make, check=True, capture_output=True)
-    sources = {"vggt": str(tmp_path / "weights/vggt"), "lang_encoder": str(tmp_path / "weights/llama")}
-    run = train(tiny_recipe(model={**FROZEN, **sources}), tmp_path / "run")
+    run = train(tiny_recipe(model={**FROZEN, **released_weights(tmp_path)}), tmp_path / "run")
     assert (run / "model/trained.safetensors").is_file()
     assert merge(run / "model", tmp_path / "merged") == 0
     chunks = [

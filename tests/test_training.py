@@ -16,7 +16,7 @@ from hf_vla.policy import Policy
 from hf_vla.recipe import RecipeError
 from hf_vla.train import build_trainer, train
 from tests import tiny_run
-from tests.tiny_run import SAMPLE, tiny_recipe
+from tests.tiny_run import SAMPLE, released_weights, tiny_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,10 +82,7 @@ def test_a_whole_model_in_two_precisions_opens_as_it_was_saved(tmp_path):
 
 
 def test_released_weights_that_trained_in_full_are_saved_as_a_whole_model(tmp_path):
-    make = [sys.executable, ROOT / "data_scripts/make_tiny_checkpoint.py", tmp_path / "weights"]
-    subprocess.run(make, check=True, capture_output=True)
-    sources = {"vggt": str(tmp_path / "weights/vggt"), "lang_encoder": str(tmp_path / "weights/llama")}
-    run = train(tiny_recipe(model=sources), tmp_path / "run")
+    run = train(tiny_recipe(model=released_weights(tmp_path)), tmp_path / "run")
     assert (run / "model/model.safetensors").is_file()
     assert not (run / "model/trained.safetensors").exists()
 

@@ -1,5 +1,6 @@
 """A run small enough for tests: the tiny shapes, on the committed sample."""
 
+import importlib.util
 from pathlib import Path
 
 from hf_vla.recipe import Recipe, make_recipe
@@ -55,3 +56,14 @@ def tiny_recipe(**sections) -> Recipe:
             merge = isinstance(old, dict) and key not in ("vggt", "lang_encoder")
             raw[section][key] = {**old, **value} if merge else value
     return make_recipe(raw)
+
+
+def released_weights(folder: Path) -> dict[str, str]:
+    """Write tiny weights in the released files' formats, and give the recipe's keys for them."""
+    script = Path(__file__).parent.parent / "data_scripts/make_tiny_checkpoint.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.write_vggt(folder / "vggt", width=64)
+    module.write_llama(folder / "llama", width=64)
+    return {"vggt": str(folder / "vggt"), "lang_encoder": str(folder / "llama")}
