@@ -100,9 +100,13 @@ def reserved_peak(ledger: Ledger) -> int:
     on_device = (ledger.slot % len(KINDS) != KINDS.index("host")) & ~ledger.relabels & (ledger.size != 0)
     on_device &= ~np.isin(ledger.block, passing)
     held: dict[int, int] = {}
+    # The last word on a block's size: sharding divides it only once it is labelled.
+    real = ledger.block >= 0
+    known = np.zeros(ledger.block.max(initial=0) + 1, np.int64)
+    known[ledger.block[real]] = np.abs(ledger.size[real])
     for size, block in zip(ledger.size[on_device].tolist(), ledger.block[on_device].tolist(), strict=True):
         if size > 0:
-            held[block] = allocator.take(size)
+            held[block] = allocator.take(int(known[block]))
         else:
             allocator.give_back(held.pop(block))
     return allocator.reserved
