@@ -82,6 +82,7 @@ def test_no_pickle_is_ever_sent(hub, tmp_path, lora_run):
 def test_a_whole_model_takes_the_place_of_adapters_and_back(hub, lora_run):
     push(lora_run, REPO, merged=True)
     assert "model.safetensors" in hub.files(REPO)
+    assert "frozen, with LoRA of rank 4" in hub.files(REPO)["README.md"].read_text()
     assert not [path for path in lora_run.iterdir() if path.name.startswith("merged")]
     model, _, recipe = load_checkpoint(REPO)
     assert recipe.lora.apply_to == []

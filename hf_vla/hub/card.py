@@ -45,10 +45,10 @@ class Backbone(NamedTuple):
 
 def model_card(run_dir: Path, model_dir: Path, repo_id: str) -> str:
     """Write the card of a run's checkpoint, as it will stand in a repository's README.md."""
-    recipe = load_recipe(model_dir / run.RECIPE)
+    recipe = load_recipe(run_dir / run.RECIPE)  # the run's own: a merged model's no longer says that it had adapters
     info = read_required(run_dir / run.INFO, Run)
     is_whole = (model_dir / WHOLE).is_file()
-    rows = rollout_rows(info)
+    parts, rows = backbones(recipe), rollout_rows(info)
     return _template().render(
         metadata=metadata(recipe, repo_id, is_whole).to_yaml(),
         repo_id=repo_id,
@@ -56,7 +56,8 @@ def model_card(run_dir: Path, model_dir: Path, repo_id: str) -> str:
         purpose=recipe.about.purpose,
         not_supported=recipe.about.not_supported,
         is_whole=is_whole,
-        backbones=backbones(recipe),
+        backbones=parts,
+        has_bases=any(part.hub_id or part.is_local for part in parts),
         dataset=dataset_name(recipe),
         settings=settings(recipe, read_json(model_dir / "processor_config.json", dict)["views"]),
         run=info,
