@@ -13,7 +13,7 @@ from .configuration_vla import VLAConfig
 
 
 class LateFusion(nn.Module):
-    """Learned action queries and the robot's state read view tokens and text states; LLaMA reads text only.
+    """Learned action queries, beside state and instruction, read view tokens and text states; LLaMA reads text only.
 
     `gated` also weighs each channel of each view token by what the text is about, before the queries look.
 
@@ -55,11 +55,12 @@ class LateFusion(nn.Module):
             views = self.gate(views, text, text_mask)
         context = self.context_norm(torch.cat([views, text], dim=1))
         mask = _widen(text_mask, before=views.shape[1], behind=0)
-        # The state rides with the queries: where it looks, and what it finds, depends on where the robot is.
-        x = torch.cat([self.queries.weight.expand(len(context), -1, -1), self.state(state)], dim=1)
+        # State and instruction ride with the queries: where these look depends on where the robot is and what it is told.
+        queries = self.queries.weight.expand(len(context), -1, -1)
+        x = torch.cat([queries, self.state(state), _mean_text(text, text_mask)], dim=1)
         for block in self.blocks:
             x = block(x, context, mask)
-        return self.norm(x[:, :-1])
+        return self.norm(x[:, : queries.shape[1]])
 
 
 class PrefixFusion(nn.Module):
@@ -167,9 +168,7 @@ class ViewGate(nn.Module):
 
     def forward(self, views: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Gate views (B, N, F) by the mean of text (B, L, F) where mask (B, L) is True."""
-        weight = text_mask[..., None].to(text.dtype)
-        topic = (text * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        both = torch.cat([views, topic.expand_as(views)], dim=-1)
+        both = torch.cat([views, _mean_text(text, text_mask).expand_as(views)], dim=-1)
         return views * torch.sigmoid(self.out(F.gelu(self.hidden(both))))
 
 
@@ -237,6 +236,12 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
         return self.linear(self.norm(x.to(self.norm.weight.dtype)))
+
+
+def _mean_text(text: Tensor, text_mask: Tensor) -> Tensor:
+    """Average text (B, L, F) where mask (B, L) is True, to (B, 1, F)."""
+    weight = text_mask[..., None].to(text.dtype)
+    return (text * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
 
 
 def pool_patches(grid: Tensor, g: int) -> Tensor:
