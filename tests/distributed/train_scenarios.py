@@ -1,4 +1,4 @@
-"""Train several times on each of two ranks, memory running out on one of them; called by test_out_of_memory.py."""
+"""Train several times on each of two ranks, memory running out on one of them; called by test_ranks_out_of_memory.py."""
 
 import os
 import sys
