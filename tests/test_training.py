@@ -88,8 +88,9 @@ def test_released_weights_that_trained_in_full_are_saved_as_a_whole_model(tmp_pa
 
 
 def test_accumulation_follows_the_whole_batch(tmp_path):
-    whole = trained_weights(tiny_recipe(data={"batch_size": 8}), tmp_path / "whole")
-    cut = tiny_recipe(data={"batch_size": 1}, training={"gradient_accumulation_steps": 8})
+    calm = {"adam_epsilon": 1e-3}  # Adam blows rounding errors up to whole steps where the true gradient is zero
+    whole = trained_weights(tiny_recipe(data={"batch_size": 8}, training=calm), tmp_path / "whole")
+    cut = tiny_recipe(data={"batch_size": 1}, training={**calm, "gradient_accumulation_steps": 8})
     for name, tensor in trained_weights(cut, tmp_path / "cut").items():
         torch.testing.assert_close(
             tensor, whole[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
