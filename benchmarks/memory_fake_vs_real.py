@@ -140,7 +140,7 @@ def run_real(recipe: Recipe, shapes: Shapes) -> MemoryTracker:
         CudaAutocast() if on_cpu else nullcontext(),
         offloading(tracker) if on_cpu else nullcontext(),
     ):
-        rehearse(recipe, model, shapes, recipe.data.batch_size, tracker, fill_with_real, in_full=True)
+        rehearse(recipe, model, shapes, recipe.data.batch_size, tracker, fill_with_real, extent="two steps")
     return tracker
 
 
@@ -193,7 +193,7 @@ def run_cpu_case(name: str) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     recipe, shapes = make_case(MIDDLE, CPU_CASES[name])
-    fake = trace(recipe, shapes, in_full=True, workspace=no_workspace)
+    fake = trace(recipe, shapes, extent="two steps", workspace=no_workspace)
     run_real(*make_case(MIDDLE, {**CPU_CASES[name], **shrunk(recipe)}))  # loads the libraries' code and tables
     gc.collect()
     before = status("VmRSS")

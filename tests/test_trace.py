@@ -48,7 +48,7 @@ def lora_peaks() -> dict[str, int]:
 )
 def test_one_micro_step_beside_warm_states_peaks_as_two_whole_steps_do(sections):
     recipe = tiny_recipe(**sections)
-    short, whole = traced(recipe).ledger, traced(recipe, in_full=True).ledger
+    short, whole = traced(recipe).ledger, traced(recipe, extent="two steps").ledger
     assert [short.peak(phase)[0] for phase in PHASES[1:]] == [whole.peak(phase)[0] for phase in PHASES[1:]]
 
 

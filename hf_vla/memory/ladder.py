@@ -115,7 +115,7 @@ def _ways(wish: Wish, changes: tuple[str, ...], base: Recipe, shapes: Shapes, wo
     recipes = [recipe for recipe, _ in structures]
     states = [_with(asked, training={"optim": name}) for name in OPTIMIZERS]
     with _mapper(workers) as mapped:
-        traces = mapped(trace_any_batch, recipes, [shapes] * len(recipes))
+        traces = mapped(trace_any_batch, recipes, [shapes] * len(recipes), ["step"] * len(recipes))
         sizes = dict(zip(OPTIMIZERS, mapped(state_bytes, states, [shapes] * len(states)), strict=True))
         for (recipe, rungs), traced in zip(structures, traces, strict=True):
             yield from _variants(recipe, traced, sizes, wish, rungs, changes)
@@ -184,11 +184,9 @@ def _exact(candidates: list[Candidate], budget: int, gpu: GPU, shapes: Shapes) -
     return []
 
 
-def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
-    raw = recipe.to_dict()
-    for name, values in sections.items():
-        raw[name] = {**raw[name], **values}
-    return make_recipe(raw)
+def _with(recipe: Recipe, training: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:
+    changed = {name: replace(getattr(recipe, name), **values) for name, values in sections.items()}
+    return replace(recipe, training={**recipe.training, **(training or {})}, **changed)
 
 
 def _divisors(number: int) -> list[int]:

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from hf_vla.model.configuration_vla import VLAConfig
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.recipe import Recipe
 
+Extent = Literal["step", "run", "two steps"]
+"""The last micro-step and update beside warmed-up states and gradients; that, an evaluation batch and a checkpoint; or two
+whole steps of up to two micro-steps each, an evaluation batch and a checkpoint."""
 SMALL, LARGE = 2, 3
 """Micro-batches that are traced to know all; 1 is left out, since torch takes short cuts for axes of length 1."""
 
@@ -62,7 +66,7 @@ def trace(
     recipe: Recipe,
     shapes: Shapes,
     batch_size: int | None = None,
-    in_full: bool = False,
+    extent: Extent = "run",
     workspace: Callable[..., int] = workspace_bytes,
 ) -> Trace:
     """Trace a recipe's training, evaluation and checkpoint writing at one micro-batch.
@@ -71,8 +75,7 @@ def trace(
         recipe: the run.
         shapes: what its data brings.
         batch_size: the micro-batch; None takes the recipe's.
-        in_full: two optimizer steps of two micro-steps each, instead of a last micro-step beside warmed-up states and
-            gradients; the peaks are the same.
+        extent: how much is gone through; the peaks of a phase are the same in each.
         workspace: what an operation's kernel takes beside its results; CUDA's by default.
     """
     config = build_config(recipe, shapes.num_views, shapes.state_dim, shapes.action_dim)
@@ -80,7 +83,7 @@ def trace(
     size = batch_size or recipe.data.batch_size
     tracker = MemoryTracker(workspace)
     with without_cycles(), fake_tables(), FakeTensorMode(), CudaAutocast(), offloading(tracker):
-        rehearse(recipe, model, shapes, size, tracker, fill_with_fake, in_full)
+        rehearse(recipe, model, shapes, size, tracker, fill_with_fake, extent)
     return Trace(
         replace(tracker.ledger(), batch_size=size),
         replace(tracker.work(), batch_size=size),
@@ -106,9 +109,9 @@ def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
     return sum(kinds.get("optimizer", 0) for kinds in states) + ledger.host_peak()
 
 
-def trace_any_batch(recipe: Recipe, shapes: Shapes) -> Trace:
+def trace_any_batch(recipe: Recipe, shapes: Shapes, extent: Extent = "run") -> Trace:
     """Trace two micro-batches and join them to a trace that knows every micro-batch (of 2 and more) exactly."""
-    small, large = (trace(recipe, shapes, size) for size in (SMALL, LARGE))
+    small, large = (trace(recipe, shapes, size, extent) for size in (SMALL, LARGE))
     return replace(small, ledger=join(small.ledger, large.ledger), large_work=large.work)
 
 
@@ -119,12 +122,12 @@ def rehearse(
     batch_size: int,
     tracker: MemoryTracker,
     fill: Callable[[nn.Module], None],
-    in_full: bool,
+    extent: Extent,
 ) -> None:
     """Run training steps, an evaluation batch and a checkpoint under the tracker.
 
     Args:
-        recipe, shapes, batch_size, in_full: as `trace` takes them.
+        recipe, shapes, batch_size, extent: as `trace` takes them.
         model: the recipe's model on the meta device.
         tracker: sees it all.
         fill: replaces the model's meta tensors by fake or real ones.
@@ -139,14 +142,15 @@ def rehearse(
         batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
         for batch in batches:
             tracker.label(batch.values(), "batch", "activations")
-        if in_full:
+        if extent == "two steps":
             rehearsal.train_step(batches[:2])
             rehearsal.train_step(batches[:2])
         else:
             rehearsal.warm_up(accumulates=accumulation > 1)
             rehearsal.train_step(batches[:1])
-        rehearsal.evaluate(make_batch(model.config, shapes, recipe, eval_size))
-        rehearsal.save()
+        if extent != "step":
+            rehearsal.evaluate(make_batch(model.config, shapes, recipe, eval_size))
+            rehearsal.save()
 
 
 def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: int) -> dict[str, Tensor]:
