@@ -15,7 +15,7 @@ from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.gpus import GPU, find_gpu
 from hf_vla.memory.planner import Plan, make_plan, plan_recipe, samples_per_second
 from hf_vla.memory.shapes import Shapes, read_shapes
-from hf_vla.memory.sizes import format_size
+from hf_vla.memory.sizes import GIB, format_size
 from hf_vla.memory.trace import Trace, state_bytes, trace_any_batch
 from hf_vla.memory.wishes import ALLOW, Wish, allowed_changes, recipe_of
 from hf_vla.recipe import Recipe, make_recipe
@@ -34,6 +34,8 @@ SHARDING = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Block"]},
 }
+WORTH_ROUNDING = GIB
+"""Bytes of optimizer states from which on 8 bits are tried: below that they would change numbers for little."""
 SHORTLIST = 8
 """Ways whose plans are made in full, fragmentation replayed; the fastest of them is then traced for itself."""
 
@@ -113,12 +115,12 @@ def _ways(wish: Wish, changes: tuple[str, ...], base: Recipe, shapes: Shapes, wo
     asked = recipe_of(wish, base)
     structures = list(_structures(asked, wish))
     recipes = [recipe for recipe, _ in structures]
-    states = [_with(asked, training={"optim": name}) for name in OPTIMIZERS]
     with _mapper(workers) as mapped:
         traces = mapped(trace_any_batch, recipes, [shapes] * len(recipes), ["step"] * len(recipes))
-        sizes = dict(zip(OPTIMIZERS, mapped(state_bytes, states, [shapes] * len(states)), strict=True))
+        in_8_bits = mapped(state_bytes, [_with(asked, training={"optim": EIGHT_BIT})], [shapes])
+        rounded = next(iter(in_8_bits))
         for (recipe, rungs), traced in zip(structures, traces, strict=True):
-            yield from _variants(recipe, traced, sizes, wish, rungs, changes)
+            yield from _variants(recipe, traced, rounded, wish, rungs, changes)
 
 
 def _structures(asked: Recipe, wish: Wish) -> Iterator[tuple[Recipe, tuple[str, ...]]]:
@@ -145,13 +147,14 @@ def _cacheable(asked: Recipe, wish: Wish) -> list[list[str]]:
 
 
 def _variants(
-    recipe: Recipe, traced: Trace, sizes: dict[str, int], wish: Wish, rungs: tuple[str, ...], changes: tuple[str, ...]
+    recipe: Recipe, traced: Trace, rounded: int, wish: Wish, rungs: tuple[str, ...], changes: tuple[str, ...]
 ) -> Iterator[_Way]:
-    """Read off a trace what needs no other: micro-batch, kind of states, sharding."""
+    """Read off a trace what needs no other: micro-batch, kind of states (`rounded`: their bytes in 8 bits), sharding."""
     per_gpu = wish.effective_batch // wish.gpus
     in_backward = recipe.memory.optimizer_in_backward
-    for optimizer, words in OPTIMIZERS.items():
-        share = sizes[optimizer] / sizes[AS_IS]
+    full = traced.ledger.held("optimizer")
+    for optimizer, words in OPTIMIZERS.items() if full > WORTH_ROUNDING else [(AS_IS, "")]:
+        share = 1 if optimizer == AS_IS else rounded / full
         states = replace(traced, ledger=traced.ledger.with_states(share, paged=optimizer == PAGED))
         for sharding in (False, True) if wish.gpus > 1 and not in_backward else (False,):
             for size in (per_gpu,) if in_backward else _divisors(per_gpu):

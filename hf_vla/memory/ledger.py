@@ -86,6 +86,10 @@ class Ledger:
         event = len(totals) - 1 - int(np.argmax(totals[::-1]))
         return max(int(totals[event]), 0), event
 
+    def held(self, kind: str) -> int:
+        """Give the bytes of a kind that are held at the end."""
+        return int(self.rounded()[self.slot % len(KINDS) == KINDS.index(kind)].sum())
+
     def host_peak(self) -> int:
         """Give the most bytes held in the host's memory instead of the device's."""
         on_host = self.slot % len(KINDS) == KINDS.index("host")

@@ -105,8 +105,7 @@ def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
         with tracker:
             Rehearsal(recipe, model, tracker).warm_up(accumulates=False)
     ledger = tracker.ledger()
-    states = ledger.breakdown(len(ledger.size) - 1).values()
-    return sum(kinds.get("optimizer", 0) for kinds in states) + ledger.host_peak()
+    return ledger.held("optimizer") + ledger.held("host")
 
 
 def trace_any_batch(recipe: Recipe, shapes: Shapes, extent: Extent = "run") -> Trace:
