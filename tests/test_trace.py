@@ -144,7 +144,7 @@ EIGHT_BIT = {"training": {"optim": "adamw_bnb_8bit"}}
         ({"model": FULL_LANGUAGE}, 15.03, 13.21, 26.43),
         ({"model": FULL_LANGUAGE, **EIGHT_BIT}, 15.03, 13.21, 13.42),
         ({"model": BOTH_TRAIN}, 15.03, 15.03, 30.06),
-        ({"model": BOTH_TRAIN, **IN_BACKWARD}, 15.03, 0, 0),
+        ({"model": BOTH_TRAIN, **IN_BACKWARD}, 15.03, 0, 0.24),  # the scales of 8-bit states are not paged
     ],
     ids=["frozen", "lora", "qlora", "full", "full, 8 bits", "end to end", "end to end, in backward and paged"],
 )

@@ -41,9 +41,9 @@ WHY = {
         "activations, so the batch hardly counts."
     ),
     "LLaMA fine-tuned": (
-        "The guide's 14 + 14 + 28 holds for pure bf16 alone, as here. It counts no activations by batch: without "
-        "checkpointing they are this plan's green bar. With the optimizer in backward and paged states it fits one GPU: "
-        "recipes/full_language.json."
+        "The guide's 14 + 14 + 28 holds for pure bf16 alone, as here. Here LLaMA reads text only, so activations are small, "
+        "and they are gone when the optimizer steps, where the peak is; with view tokens in its input they count by batch. "
+        "With the optimizer in backward and paged states it fits one GPU: recipes/full_language.json."
     ),
     "end to end": (
         "The guide counts 4 GB of activations; a trained VGGT pair alone saves more than that for each sample. With "
