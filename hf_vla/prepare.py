@@ -13,13 +13,19 @@ from hf_vla.model.image_processing_vla import resize_view, stack_views
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.planning import what_fits
-from hf_vla.recipe import Recipe
+from hf_vla.recipe import Recipe, RecipeError
 from hf_vla.sample import view_name
 from hf_vla.trainer import VLATrainer, training_arguments
 
 
 def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
-    """Build data, processor, model and trainer, in the order in which each needs the one before."""
+    """Build data, processor, model and trainer, in the order in which each needs the one before.
+
+    Raises:
+        RecipeError: for what can be planned and not yet trained.
+    """
+    if recipe.memory.cache:
+        raise RecipeError("memory.cache: training from cached features isn't built yet; leave it empty.")
     arguments = training_arguments(recipe, str(output))
     train_data, eval_data = build_datasets(
         recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes

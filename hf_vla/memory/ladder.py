@@ -140,6 +140,8 @@ def _structures(asked: Recipe, wish: Wish) -> Iterator[tuple[Recipe, tuple[str, 
 
 def _cacheable(asked: Recipe, wish: Wish) -> list[list[str]]:
     """List what may come from the cache: nothing, or every frozen backbone whose output depends on its input alone."""
+    if not wish.cached:
+        return [[]]
     frozen = [part for part, way in (("vggt", wish.vggt), ("lang_encoder", wish.language)) if way == "frozen"]
     if asked.model.fusion.type == "prefix":  # LLaMA reads the view tokens, through a projection that trains
         frozen = [part for part in frozen if part == "vggt"]

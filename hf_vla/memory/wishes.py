@@ -21,6 +21,8 @@ class Wish:
     effective_batch: int = 64
     gpus: int = 1
     allow: tuple[str, ...] = ()
+    cached: bool = False
+    """Whether to count on cached outputs of frozen backbones, which can be planned and not yet trained from."""
 
 
 def parse_train(text: str) -> dict[str, str]:

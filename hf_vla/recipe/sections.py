@@ -146,7 +146,7 @@ class Memory:
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there, and free the gradient: no clipping, and no accumulation."""
     cache: list[Literal["vggt", "lang_encoder"]] = field(default_factory=list)
-    """Frozen backbones whose outputs are read from the cache; they aren't even loaded."""
+    """Frozen backbones whose outputs are read from a cache, so that they aren't even loaded: for plans, not yet trained."""
 
 
 @_strict
