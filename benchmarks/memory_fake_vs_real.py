@@ -18,13 +18,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.random_weights import fill_with_random
 from benchmarks.result import write_result
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.memory.cuda_rules import CudaAutocast, no_workspace, offloading
 from hf_vla.memory.ledger import Ledger
-from hf_vla.memory.materialize import fill
 from hf_vla.memory.nvml import read_gpus
 from hf_vla.memory.planner import plan_recipe
 from hf_vla.memory.shapes import Shapes
@@ -145,36 +145,9 @@ def run_real(recipe: Recipe, shapes: Shapes) -> MemoryTracker:
 
 
 def fill_with_real(model: nn.Module) -> None:
-    """Give a model random weights, and its quantised layers quantised ones; then let the process's peak start anew."""
-    fill(model, _random)
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            _quantize_4bit(module)
-        elif type(module).__name__ == "Linear8bitLt":
-            _quantize_8bit(module)
+    """Give a model random weights; then let the process's peak start anew."""
+    fill_with_random(model)
     PROC_RESET.write_text("5")
-
-
-def _random(tensor: Tensor) -> Tensor:
-    made = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return made.normal_(std=0.02) if made.is_floating_point() else made.zero_()
-
-
-def _quantize_4bit(linear: nn.Module) -> None:
-    from bitsandbytes.nn import Params4bit
-
-    weight = linear.weight.data.to(torch.bfloat16)
-    options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
-    linear.weight = Params4bit(weight.cpu(), **options, module=linear).to(weight.device)
-
-
-def _quantize_8bit(linear: nn.Module) -> None:
-    from bitsandbytes.nn import Int8Params
-
-    weight = torch.randn(linear.out_features, linear.in_features, dtype=torch.float16)
-    linear.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
-    linear.init_8bit_state()
-    linear.state.threshold = 0.0  # as in the trace: outlier columns depend on the numbers
 
 
 def everywhere(ledger: Ledger) -> int:
