@@ -23,7 +23,7 @@ from torch import nn
 from benchmarks.random_weights import fill_with_random
 from benchmarks.result import write_result
 from hf_vla.assemble import build_config, build_on_meta
-from hf_vla.memory.cuda_rules import CudaAutocast, no_workspace, offloading
+from hf_vla.memory.cuda_rules import cuda_autocast, no_workspace, offloading
 from hf_vla.memory.ledger import Ledger
 from hf_vla.memory.nvml import read_gpus
 from hf_vla.memory.planner import plan_recipe
@@ -137,7 +137,7 @@ def run_real(recipe: Recipe, shapes: Shapes) -> MemoryTracker:
     tracker, on_cpu = MemoryTracker(), torch.get_default_device().type == "cpu"
     with (
         without_cycles(),
-        CudaAutocast() if on_cpu else nullcontext(),
+        cuda_autocast() if on_cpu else nullcontext(),
         offloading(tracker) if on_cpu else nullcontext(),
     ):
         rehearse(recipe, model, shapes, recipe.data.batch_size, tracker, fill_with_real, extent="two steps")

@@ -1,4 +1,4 @@
-"""Random weights for a model that was built on the meta device, on the default device: memory and speed don't depend on them."""
+"""Random weights, on the default device, for a model built on the meta device: memory and speed don't depend on them."""
 
 import torch
 from torch import Tensor, nn
