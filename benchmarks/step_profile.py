@@ -4,8 +4,8 @@
     python -m benchmarks.step_profile --recipe lora.json --small    # to see on a CPU that it runs
 
 The project's own trainer on random weights and noise; the device is waited for at every boundary, so the sum is a little
-more than an undisturbed step, which is timed beside it. Utilisation counts the model's arithmetic, without what checkpointing
-computes twice, against the rate of a large matrix product on the same device.
+more than an undisturbed step, which is timed beside it. Utilisation counts the model's arithmetic, without what
+checkpointing computes twice, against the rate of a large matrix product on the same device.
 """
 
 import argparse
