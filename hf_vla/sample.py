@@ -56,6 +56,17 @@ class Sample(NamedTuple):
     frame_index: int
     source: str
     """Name of the dataset that the sample comes from."""
+    view_features: torch.Tensor | None = None
+    """(V, g², 2C), from a cache; `images` is empty then."""
+    text_features: torch.Tensor | None = None
+    """(L, D), from a cache: the states of this instruction's own tokens, without padding."""
+
+
+class Draw(NamedTuple):
+    """Which sample, and in which epoch: what decides every random number of it, for datasets that want to know."""
+
+    index: int
+    epoch: int
 
 
 class Batch(TypedDict, total=False):

@@ -18,6 +18,7 @@ ALLOWED = {
     "model": set(),
     "weights": {"model"},
     "lora": set(),
+    "fingerprint": set(),
     "data": {"sample"},
     "run": {"recipe"},
     "assemble": {"recipe", "lora", "model", "weights"},

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
+from hf_vla.data.feature_cache import pad_texts
 from hf_vla.sample import Batch, Sample
 
 
@@ -18,11 +20,17 @@ class VLACollator:
         self.processor = processor
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """Normalise, tokenise and stack the samples."""
-        return self.processor(
-            images=[sample.images for sample in samples],
-            task=[sample.task for sample in samples],
+        """Normalise, tokenise and stack the samples; where a cache has their features, those are stacked instead."""
+        has_views, has_texts = (samples[0].view_features is not None, samples[0].text_features is not None)
+        batch = self.processor(
+            images=None if has_views else [sample.images for sample in samples],
+            task=None if has_texts else [sample.task for sample in samples],
             state=np.stack([sample.state for sample in samples]),
             actions=np.stack([sample.actions for sample in samples]),
             action_is_pad=np.stack([sample.action_is_pad for sample in samples]),
         )
+        if has_views:
+            batch["view_features"] = torch.stack([sample.view_features for sample in samples])
+        if has_texts:
+            batch["text_features"], batch["attention_mask"] = pad_texts([sample.text_features for sample in samples])
+        return batch

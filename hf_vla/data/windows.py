@@ -80,10 +80,19 @@ class WindowDataset(Dataset):
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Sample:
+        return self.without_pictures(i)._replace(images=self.pictures(i))
+
+    def pictures(self, i: int) -> list[np.ndarray]:
+        """Read the pictures of sample `i`: V views, each (H, W, 3) uint8 RGB."""
+        episode, frame = self.locate(i)
+        return [self._frames[view.camera].read(episode, _frame_of(view, frame, episode)) for view in self.views]
+
+    def without_pictures(self, i: int) -> Sample:
+        """Give sample `i` without reading its pictures; its `images` are empty."""
         episode, frame = self.locate(i)
         window = self.windows([i])
         return Sample(
-            images=[self._frames[view.camera].read(episode, _frame_of(view, frame, episode)) for view in self.views],
+            images=[],
             state=window.state[0],
             actions=window.actions[0],
             action_is_pad=window.action_is_pad[0],

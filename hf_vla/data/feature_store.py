@@ -1,0 +1,199 @@
+"""Rows of features on disk: safetensors shards that are written whole or not at all, and read through memory maps.
+
+A shard is an ordinary safetensors file: it travels, and anything opens it. Rows are read by their place in the file and
+not through the library, whose slices cost ten times as much a row (benchmarks/cached_vs_uncached.py).
+
+Letters: N rows of a store, n of a shard; a row has any shape, `...`.
+"""
+
+import errno
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+FEATURES, SCALES = "features", "scales"
+"""Tensors of a shard: (n, ...) in the stored dtype, and for 8 bits (n, ..., 1) float32."""
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+"""What a cache can be stored as."""
+_NUMPY = {
+    "F32": (np.float32, torch.float32),
+    "BF16": (np.uint16, torch.bfloat16),
+    "F8_E4M3": (np.uint8, STORED["float8"]),
+}
+"""A type of the file format: what numpy reads it as, having neither bfloat16 nor float8, and what it is."""
+
+
+class StoredShard(NamedTuple):
+    """What is known of a shard that was written."""
+
+    file: str
+    rows: int
+    bytes: int
+    crc: int
+    """CRC-32 of the whole file."""
+    squared_error: float
+    """Sum over all entries of (stored - exact)²."""
+    squared_norm: float
+    """Sum over all entries of exact²."""
+
+
+def row_bytes(shape: Sequence[int], stored: str) -> int:
+    """Count the bytes of a row of a shape."""
+    entries = int(np.prod(shape))
+    scales = 4 * entries // shape[-1] if stored == "float8" else 0
+    return entries * STORED[stored].itemsize + scales
+
+
+def pack(features: Tensor, stored: str) -> dict[str, Tensor]:
+    """Turn features (n, ..., C) into what a shard holds.
+
+    8 bits (e4m3) keep 3 bits behind the leading one, so each entry is off by at most 1/16 of itself. Every vector of C is
+    scaled so that its largest entry is the largest that the format has: VGGT's tokens have a few giant channels.
+    """
+    if stored != "float8":
+        return {FEATURES: features.to(STORED[stored]).contiguous()}
+    exact = features.float()
+    largest = torch.finfo(STORED["float8"]).max
+    scales = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / largest
+    return {FEATURES: (exact / scales).to(STORED["float8"]).contiguous(), SCALES: scales.contiguous()}
+
+
+def unpack(features: Tensor, scales: Tensor | None) -> Tensor:
+    """Turn what a shard holds back into features: as they are stored, or bfloat16 where 8 bits were scaled."""
+    return features if scales is None else (features.float() * scales).bfloat16()
+
+
+def write_shard(path: Path, features: Tensor, stored: str) -> StoredShard:
+    """Write features (n, ...) as one shard: beside its place, and moved there once it is on the disk.
+
+    Raises:
+        OSError: if the disk is full, or can't be written to; nothing half-written stays.
+    """
+    tensors = pack(features.cpu(), stored)
+    error = unpack(tensors[FEATURES], tensors.get(SCALES)).double() - features.cpu().double()
+    content = save(tensors)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)
+    norm = features.double().square().sum().item()
+    return StoredShard(path.name, len(features), len(content), zlib.crc32(content), error.square().sum().item(), norm)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk, or the share of it that one may use, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def checksum(path: Path) -> int:
+    """Give the CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+class FeatureStore:
+    """The rows of a store's shards, in order. It can be pickled, and forked into workers: files are opened as needed.
+
+    Args:
+        folder: where the shards lie.
+        shards: in order; `file`, `rows` and `bytes` of each, as `StoredShard` has them.
+
+    Raises:
+        ValueError: naming a shard that is missing or cut short.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]):
+        self._folder = folder
+        self._files = [shard["file"] for shard in shards]
+        self._ends = np.cumsum([shard["rows"] for shard in shards])
+        self._open: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for shard in shards:
+            check_size(folder / shard["file"], shard["bytes"])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Read one row (...): a copy, in the dtype that it is stored in, or bfloat16 for 8 bits."""
+        return self.rows(row, row + 1)[0]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read rows that follow one another, (stop - start, ...)."""
+        parts = []
+        while start < stop:
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            end = min(stop, int(self._ends[shard]))
+            features, scales = self._mapped(shard)
+            piece = slice(start - int(self._ends[shard]), end - int(self._ends[shard]) or None)  # from the shard's end
+            parts.append(unpack(features[piece].clone(), None if scales is None else scales[piece]))
+            start = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mapped(self, shard: int) -> tuple[Tensor, Tensor | None]:
+        if shard not in self._open:
+            tensors = map_tensors(self._folder / self._files[shard])
+            self._open[shard] = (tensors[FEATURES], tensors.get(SCALES))
+        return self._open[shard]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a safetensors file into memory: nothing is read until it is used.
+
+    Raises:
+        ValueError: if it isn't such a file, or ends too early.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {name: _map(path, 8 + length, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, struct.error) as error:
+        raise damaged(path, str(error)) from None
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Refuse a shard that isn't as long as it was when it was written.
+
+    Raises:
+        ValueError: saying how long it is.
+    """
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        raise damaged(path, "it is missing" if found is None else f"it has {found:,} of {expected:,} bytes")
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """Say that a shard can't be used, and what to do."""
+    return ValueError(
+        f"{path}: this shard of a feature cache is damaged ({reason}). `hf-vla cache RECIPE` builds it again, and keeps the "
+        "others."
+    )
+
+
+def _map(path: Path, begin: int, entry: dict[str, Any]) -> Tensor:
+    numpy_type, torch_type = _NUMPY[entry["dtype"]]
+    offset = begin + entry["data_offsets"][0]
+    mapped = np.memmap(path, numpy_type, mode="c", offset=offset, shape=tuple(entry["shape"]))  # as torch wants it
+    return torch.from_numpy(mapped).view(torch_type)
