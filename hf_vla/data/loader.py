@@ -1,0 +1,197 @@
+"""The training loader: a dataset's samples in the order of `order.py`, dealt to ranks and workers, from any position on.
+
+Letters: N samples of an epoch, B of a batch, R ranks, W workers.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hf_vla.data.order import Lanes, Order
+from hf_vla.sample import Batch, Draw, Sample
+
+SKIPPED = "skipped"
+"""Key of a loaded batch: what was wrong with each of its samples that were left out."""
+
+_STAND_INS = 24
+"""Samples tried in place of one that can't be read."""
+
+logger = logging.getLogger(__name__)
+
+
+class Turn(NamedTuple):
+    """What a batch has in one of its places."""
+
+    index: int
+    epoch: int
+    is_padding: bool = False
+    """Whether it only fills the place: all of its actions are padding, so that it doesn't move the loss."""
+
+
+class RankBatches(Sampler[list[Turn]]):
+    """The batches of one rank: batch number k of rank r is batch k * R + r of the epoch's sequence.
+
+    All ranks have equally many: one that has run out is given a sample that doesn't count.
+
+    Args:
+        order: of the samples.
+        batch_size: B.
+        rank: of this process.
+        ranks: R.
+        workers: W; 0 reads in the process itself.
+    """
+
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, ranks: int = 1, workers: int = 0):
+        self.order, self.batch_size = order, batch_size
+        self.rank, self.ranks = rank, ranks
+        is_windowed = any(part.window is not None for part in order.parts)
+        self.own_lanes = Lanes(ranks * max(1, workers), batch_size) if is_windowed else Lanes()
+        self.epoch = self.position = self._begun = 0
+        self.lanes = self.own_lanes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Stand at the start of an epoch, unless a position in it was sought."""
+        if epoch != self.epoch:
+            self.epoch, self.position, self.lanes, self._begun = epoch, 0, self.own_lanes, 0
+
+    def seek(self, epoch: int, position: int, lanes: Lanes, accumulation: int = 1) -> int:
+        """Stand where a run stood, also if that had other ranks, workers or batches.
+
+        Args:
+            epoch: to go on in.
+            position: samples of the epoch that have been seen, by all ranks together.
+            lanes: by which the epoch's order was made.
+            accumulation: batches of an optimizer step.
+
+        Returns:
+            The batches of this epoch that count as done, a multiple of `accumulation`; iterating yields them as empty lists,
+            to be skipped. What remains stands at the epoch's end, so that no optimizer step lacks samples that count.
+        """
+        self.epoch, self.position, self.lanes = epoch, position, lanes
+        self._begun = (len(self) - self._remaining()) // accumulation * accumulation
+        return self._begun
+
+    def __len__(self) -> int:
+        return self._rounds(len(self.order))
+
+    def __iter__(self) -> Iterator[list[Turn]]:
+        sequence = self.order.sequence(self.epoch, self.lanes)[self.position :]
+        fill = len(self) - self._begun - self._remaining()
+        for _ in range(self._begun):
+            yield []
+        for _ in range(fill):
+            yield [self._padding()]
+        for start in range(
+            self.rank * self.batch_size, self._remaining() * self.ranks * self.batch_size, self._stride
+        ):
+            indices = sequence[start : start + self.batch_size].tolist()
+            yield [Turn(index, self.epoch) for index in indices] or [self._padding()]
+
+    @property
+    def _stride(self) -> int:
+        return self.ranks * self.batch_size
+
+    def _rounds(self, samples: int) -> int:
+        return -(-samples // self._stride)
+
+    def _remaining(self) -> int:
+        return self._rounds(len(self.order) - self.position)
+
+    def _padding(self) -> Turn:
+        return Turn(0, self.epoch, is_padding=True)
+
+
+class DrawnSamples(Dataset):
+    """A dataset of samples, indexed by turns.
+
+    Args:
+        dataset: map-style; indexed with a `Draw` if it has `wants_epoch = True`, else with a number.
+        on_error: `raise`, or `skip` to put another sample that doesn't count in the place of one that can't be read.
+    """
+
+    def __init__(self, dataset: Dataset, on_error: str = "raise"):
+        self.dataset, self.on_error = dataset, on_error
+        self._wants_epoch = getattr(dataset, "wants_epoch", False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, turn: Turn) -> tuple[Sample, str | None]:
+        """Read a sample.
+
+        Returns:
+            The sample, and what was wrong with the one that it stands in for, None as a rule.
+        """
+        if self.on_error == "raise":
+            return self._read(turn), None
+        try:
+            return self._read(turn), None
+        except (ValueError, OSError) as error:
+            return self._stand_in(turn), str(error)
+
+    def _read(self, turn: Turn) -> Sample:
+        sample = self.dataset[Draw(turn.index, turn.epoch) if self._wants_epoch else turn.index]
+        if turn.is_padding:
+            return sample._replace(action_is_pad=sample.action_is_pad | True)
+        return sample
+
+    def _stand_in(self, turn: Turn) -> Sample:
+        """Read another sample in ever wider steps, since neighbours are likely to be broken too."""
+        for k in range(_STAND_INS):
+            try:
+                return self._read(Turn((turn.index + 2**k) % len(self), turn.epoch, is_padding=True))
+            except (ValueError, OSError):
+                continue
+        raise ValueError(
+            f"data.on_error is 'skip', but sample {turn.index} and {_STAND_INS} others in its place can't be read: the "
+            "dataset is broken as a whole, or out of reach. Set data.on_error to 'raise' to see what is wrong."
+        )
+
+
+def build_loader(
+    dataset: Dataset,
+    batches: RankBatches,
+    collate: Callable[[list[Sample]], Batch],
+    workers: int = 0,
+    on_error: str = "raise",
+    **options: Any,
+) -> "EpochLoader":
+    """Build the training loader.
+
+    It draws nothing from torch's own generator, pins memory where there is a GPU, and keeps its workers over epochs.
+
+    Args:
+        dataset: map-style, of samples.
+        batches: what this rank reads, in order.
+        collate: samples to a batch.
+        workers: processes that read; 0 reads in this one.
+        on_error: `raise` or `skip`, see `DrawnSamples`.
+        options: further arguments of `torch.utils.data.DataLoader`.
+    """
+    return EpochLoader(
+        DrawnSamples(dataset, on_error),
+        batch_sampler=batches,
+        collate_fn=functools.partial(_collate, collate),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(batches.order.seed),
+        **options,
+    )
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader whose epochs are told apart, as Trainer does where a loader has `set_epoch`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+def _collate(collate: Callable[[list[Sample]], Batch], read: list[tuple[Sample, str | None]]) -> dict[str, Any]:
+    """Make the batch, and tell what was skipped."""
+    return {**collate([sample for sample, _ in read]), SKIPPED: [text for _, text in read if text is not None]}
