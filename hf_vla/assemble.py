@@ -4,7 +4,7 @@ Letters: V views, S state dims, A action dims.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -82,18 +82,29 @@ def build_config(recipe: Recipe, num_views: int, state_dim: int, action_dim: int
     )
 
 
-def build_model(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
-    """Build the model with its weights: backbones loaded, the rest new from the recipe's seed, frozen and adapted."""
+def build_model(recipe: Recipe, config: VLAConfig, without: Sequence[str] = ()) -> VLAForActionPrediction:
+    """Build the model with its weights: backbones loaded, the rest new from the recipe's seed, frozen and adapted.
+
+    Args:
+        recipe: the run.
+        config: the model's shapes.
+        without: backbones (`vggt`, `lang_encoder`) that are left out: their outputs come from a cache.
+    """
     model = empty_model(config)
     dtype = getattr(torch, recipe.model.dtype)
     set_seed(recipe.training["seed"])
-    model.model.vggt = weights.load_vggt(recipe.model.vggt, dtype)
-    model.model.lang_encoder = weights.load_lang_encoder(recipe.model.lang_encoder, dtype, recipe.model.quantization)
+    if "vggt" not in without:
+        model.model.vggt = weights.load_vggt(recipe.model.vggt, dtype)
+    if "lang_encoder" not in without:
+        model.model.lang_encoder = weights.load_lang_encoder(
+            recipe.model.lang_encoder, dtype, recipe.model.quantization
+        )
     model.model.fusion = FUSIONS[config.view_fusion_config.type](config)
     model.head = HEADS[config.head_config.type](config)
     for part in (model.model.fusion, model.head):
         part.apply(model._init_weights)
     make_trainable(model, recipe)
+    leave_out(model, without)
     return model
 
 
@@ -106,6 +117,12 @@ def build_on_meta(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
     weights.quantize_skeleton(model.model.lang_encoder, recipe.model.quantization)
     make_trainable(model, recipe)
     return model
+
+
+def leave_out(model: VLAForActionPrediction, backbones: Iterable[str]) -> None:
+    """Drop the backbones whose outputs come from a cache."""
+    for name in backbones:
+        setattr(model.model, name, None)
 
 
 def empty_model(config: VLAConfig) -> VLAForActionPrediction:

@@ -34,7 +34,7 @@ def save_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state, kept = model.state_dict(), _kept_names(model, recipe)
-    if kept == set(state):
+    if kept == set(state) and None not in (model.model.vggt, model.model.lang_encoder):
         model.save_pretrained(directory)
     else:
         custom_object_save(model, directory, config=model.config)

@@ -1,41 +1,37 @@
 """All that a training needs, each part built when what it needs is there: data, processor, model, trainer."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from hf_vla.assemble import build_config, build_model, build_processor
+from hf_vla.caching import find_caches, fit_views, read_from_caches
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
 from hf_vla.data.windows import WindowDataset
-from hf_vla.model.image_processing_vla import resize_view, stack_views
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.planning import what_fits
-from hf_vla.recipe import Recipe, RecipeError
+from hf_vla.recipe import Recipe
 from hf_vla.sample import view_name
 from hf_vla.trainer import VLATrainer, training_arguments
 
 
 def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
-    """Build data, processor, model and trainer, in the order in which each needs the one before.
-
-    Raises:
-        RecipeError: for what can be planned and not yet trained.
-    """
-    if recipe.memory.cache:
-        raise RecipeError("memory.cache: training from cached features isn't built yet; leave it empty.")
+    """Build data, processor, model and trainer, in the order in which each needs the one before."""
     arguments = training_arguments(recipe, str(output))
     train_data, eval_data = build_datasets(
         recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes
     )
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
-    means = mean_pictures(train_data, fit_views(recipe))
+    means = mean_pictures(train_data, partial(fit_views, recipe))
+    caches = find_caches(recipe, train_data, means)
     processor = build_processor(recipe, views, info.stats, means, train_data.tasks)
-    model = build_model(recipe, build_config(recipe, len(views), info.state_dim, info.action_dim))
+    model = build_model(
+        recipe, build_config(recipe, len(views), info.state_dim, info.action_dim), without=list(caches)
+    )
     if recipe.model.head.type == "discrete":
         fit_levels(model, processor, train_data)
+    train_data, eval_data = read_from_caches(recipe, caches, train_data, eval_data)
     return VLATrainer(
         recipe=recipe,
         processor=processor,
@@ -52,10 +48,3 @@ def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_dat
     """Give a discrete head the levels that training actions take."""
     actions = processor(actions=train_data.actions)["actions"]
     model.head.fit_levels(actions)
-
-
-def fit_views(recipe: Recipe) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Give the function that stacks an observation's pictures at the recipe's size, as the processor does."""
-    return lambda images: stack_views(
-        [resize_view(image, recipe.data.image_size, recipe.data.resize) for image in images]
-    )

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vla import run
+from hf_vla.caching import caches_of, settle_caches
 from hf_vla.checkpoint import save_checkpoint
 from hf_vla.console import set_up_logging
 from hf_vla.hub import push_if_asked
@@ -48,6 +49,8 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
+        if recipe.memory.cache:
+            run.update_info(output, {"cache": caches_of(trainer.train_dataset)})
     trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
     if trainer.is_world_process_zero():
@@ -121,8 +124,9 @@ def main(
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
-        plan = plan_run(recipe)
-        ask_doctor(recipe, output, plan, anyway)
+        here = settle_caches(recipe)
+        plan = plan_run(here)
+        ask_doctor(here, output, plan, anyway)
         train(recipe, output, resume, plan)
     except (ValueError, OSError, MemoryBudgetError) as error:
         raise SystemExit(f"Error: {error}") from None

@@ -197,7 +197,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(tmp_path):
         ({"data": {"views": ["corner2", "wrist"]}}, ValueError, "no camera 'wrist'"),
         ({"training": {"bf16": False, "fp16": True}}, RecipeError, "there is no GPU"),
         ({"memory": {"gpus": 2}}, RecipeError, "2 processes were asked for"),
-        ({"memory": {"cache": ["vggt"]}, "model": FROZEN}, RecipeError, "isn't built yet"),
+        ({"memory": {"cache": ["vggt"]}, "model": FROZEN}, RecipeError, "makes at random"),
         ({"training": {"save_strategy": "sometimes"}}, RecipeError, "sometimes"),
         ({"model": {"vggt": "no/such/weights.safetensors"}}, FileNotFoundError, "no/such"),
     ],

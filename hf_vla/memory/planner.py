@@ -185,6 +185,12 @@ def _notes(recipe: Recipe, shapes: Shapes, gpus: int) -> list[str]:
     if shapes.assumed:
         assumed = ", ".join(f"{name} {getattr(shapes, name)}" for name in shapes.assumed)
         notes.append(f"Assumed, for want of the dataset or tokenizer here: {assumed}.")
+    if recipe.memory.cache:
+        names = " and ".join(recipe.memory.cache)
+        notes.append(
+            f"Counts on cached outputs of {names}, which `hf-vla cache` builds; until then training runs what isn't there: "
+            "plan that with --set 'memory.cache=[]'."
+        )
     if recipe.memory.optimizer_in_backward:
         notes.append("Optimizer in backward: no clipping of gradients, no accumulation; a step can't be run again.")
     if "8bit" in str(recipe.training.get("optim", "")):

@@ -47,6 +47,8 @@ def _check_one_answer(recipe: Recipe) -> None:
     for part in recipe.memory.cache:
         if not getattr(model, f"freeze_{part}") or part in recipe.lora.apply_to:
             raise RecipeError(f"memory.cache names {part!r}, which trains: only what stays as it is can be cached.")
+    if recipe.memory.cache_copies < 0:
+        raise RecipeError(f"memory.cache_copies is {recipe.memory.cache_copies}: give 0 or more.")
     if recipe.memory.optimizer_in_backward:
         _check_in_backward(training)
     if training.get("bf16") and training.get("fp16"):

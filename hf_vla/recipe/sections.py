@@ -146,7 +146,16 @@ class Memory:
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there, and free the gradient: no clipping, and no accumulation."""
     cache: list[Literal["vggt", "lang_encoder"]] = field(default_factory=list)
-    """Frozen backbones whose outputs are read from a cache, so that they aren't even loaded: for plans, not yet trained."""
+    """Frozen backbones whose outputs are read from a cache where `hf-vla cache` has built one, so that they aren't even
+    loaded; where it hasn't, they run in each step. A cache of anything else than this recipe is an error."""
+    cache_dir: str | None = None
+    """Folder of the caches; None takes `cache/DATASET`."""
+    cache_dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    """What features are stored as; `float8` takes half as much again, and each number is off by up to 1/16 of itself."""
+    cache_copies: int = 0
+    """Augmented copies of each observation that are cached, one of which is drawn each time; what augments wants some."""
+    cache_budget: str | None = None
+    """Bytes that one cache may take on the disk, as "200GiB"; None takes what is free."""
 
 
 @_strict
