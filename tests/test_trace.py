@@ -1,9 +1,12 @@
 import functools
 
 import pytest
+import torch
+import torch.nn.functional as F
 from tiny_plan import LLAMA, SHAPES, VGGT, tiny_recipe
 
 from hf_vla.memory.allocator import reserved_peak
+from hf_vla.memory.cuda_rules import FLOAT32, cuda_autocast
 from hf_vla.memory.ledger import PHASES
 from hf_vla.memory.shapes import Shapes
 from hf_vla.memory.trace import trace, trace_any_batch
@@ -88,6 +91,29 @@ def test_what_takes_more_is_seen_to_take_more(sections, phase):
 )
 def test_what_saves_memory_is_seen_to_save_it(sections, phase):
     assert peaks(tiny_recipe(**{"lora": LORA, **sections}))[phase] < lora_peaks()[phase]
+
+
+def test_autocast_goes_by_cudas_list_for_a_while():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert all(has(f"aten::{name}", "AutocastCUDA") for name in FLOAT32)
+    assert not any(has(f"aten::{name}", "AutocastCPU") for name in FLOAT32)
+    states = torch.ones(2, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.layer_norm(states, (4,)).dtype == torch.bfloat16
+        with cuda_autocast():
+            assert {f(states).dtype for f in (lambda x: F.layer_norm(x, (4,)), torch.exp, torch.Tensor.sum)} == {
+                torch.float32
+            }
+            assert (states @ states.T).dtype == torch.bfloat16
+        assert F.layer_norm(states, (4,)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head", ["l1", "flow"])
+def test_what_is_checkpointed_is_recomputed_by_the_rules_of_the_forward(head):
+    sections = {"model": {"head": {"hidden_size": 64, "num_layers": 2, "type": head}}, "lora": {"apply_to": ["vggt"]}}
+    assert (
+        peaks(tiny_recipe(**sections, training=CHECKPOINTED))["backward"] < peaks(tiny_recipe(**sections))["backward"]
+    )
 
 
 def test_offloaded_activations_live_on_the_host():

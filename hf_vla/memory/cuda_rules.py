@@ -5,72 +5,78 @@ Each rule names the source it is read from; none is measured here.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
+from torch.library import _scoped_library
 from torch.utils._pytree import tree_map_only
 from transformers import modeling_utils
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Run in float32, under the CPU's autocast, what only CUDA's autocast runs so.
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Let the CPU's autocast run in float32 whatever CUDA's autocast runs so; the CPU's own list is shorter.
 
-    Source: the list "CUDA ops that can autocast to float32" of PyTorch's `torch.amp` page; the CPU's own list is shorter,
-    so that a LayerNorm of bf16 states would otherwise be counted at half its bytes.
+    Otherwise a LayerNorm of bf16 states would be counted at half its bytes. The rules are kernels of autocast's own dispatch
+    key, as CUDA's are, and not a mode of torch functions: autograd's engine runs hooks under an empty stack of such modes,
+    and activation checkpointing would recompute by other rules than the forward went by.
+
+    Source: the list "CUDA ops that can autocast to float32" of PyTorch's `torch.amp` page (ATen/autocast_mode.h).
     """
+    with _scoped_library("aten", "IMPL", "AutocastCPU") as library:
+        for name in FLOAT32:
+            library.impl(name, partial(_run_in_float32, _overload(name)))
+        yield
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call a function, its 16-bit arguments in float32 where CUDA would have them so."""
-        kwargs = kwargs or {}
-        if func in _FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
-            with torch.autocast("cpu", enabled=False):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+
+def _run_in_float32(operation: torch._ops.OpOverload, *args, **kwargs):
+    """Run an operation below autocast, its 16-bit arguments in float32."""
+    args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        return operation(*args, **kwargs)
 
 
 def _to_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-_FLOAT32 = {
-    F.layer_norm,
-    F.group_norm,
-    F.softmax,
-    F.log_softmax,
-    F.cross_entropy,
-    F.nll_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.mse_loss,
-    F.cosine_similarity,
-    F.normalize,
-    torch.layer_norm,
-    torch.softmax,
-    torch.log_softmax,
-    torch.cosine_similarity,
-    torch.cumsum,
-    torch.exp,
-    torch.log,
-    torch.norm,
-    torch.pow,
-    torch.prod,
-    torch.rsqrt,
-    torch.sum,
-    Tensor.cumsum,
-    Tensor.exp,
-    Tensor.log,
-    Tensor.norm,
-    Tensor.pow,
-    Tensor.prod,
-    Tensor.rsqrt,
-    Tensor.softmax,
-    Tensor.sum,
-}
+def _overload(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+FLOAT32 = (
+    "cosine_similarity",
+    "cumprod",
+    "cumsum",
+    "exp",
+    "expm1",
+    "group_norm",
+    "layer_norm",
+    "linalg_vector_norm",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "log_softmax.int",
+    "logsumexp",
+    "native_layer_norm",
+    "norm.Scalar",
+    "norm.ScalarOpt_dim",
+    "pow.Scalar",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "reciprocal",
+    "rsqrt",
+    "softmax.int",
+    "softplus",
+    "sum",
+    "sum.dim_IntList",
+)
+"""What CUDA's autocast runs in float32 and the CPU's leaves as it is; losses are in both lists."""
 
 
 def workspace_bytes(func, args: tuple) -> int:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.lora import count_parameters
-from hf_vla.memory.cuda_rules import CudaAutocast, offloading, workspace_bytes
+from hf_vla.memory.cuda_rules import cuda_autocast, offloading, workspace_bytes
 from hf_vla.memory.ledger import Ledger, join
 from hf_vla.memory.materialize import fake_tables, fill_with_fake
 from hf_vla.memory.rehearsal import Rehearsal
@@ -82,7 +82,7 @@ def trace(
     model = build_on_meta(recipe, config)
     size = batch_size or recipe.data.batch_size
     tracker = MemoryTracker(workspace)
-    with without_cycles(), fake_tables(), FakeTensorMode(), CudaAutocast(), offloading(tracker):
+    with without_cycles(), fake_tables(), FakeTensorMode(), cuda_autocast(), offloading(tracker):
         rehearse(recipe, model, shapes, size, tracker, fill_with_fake, extent)
     return Trace(
         replace(tracker.ledger(), batch_size=size),
