@@ -4,10 +4,14 @@ Letters: B batch, V views (view 0 is VGGT's reference frame), H W pixels, P patc
 pooling, L text tokens, D LLaMA width, C VGGT width, T chunk length, A action dims, S state dims.
 """
 
-from typing import NamedTuple, TypedDict
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # importing torch takes seconds, and whoever only converts recordings needs none of it
+    import torch
 
 # LeRobot's names. A camera's full key is IMAGES + "." + its name.
 IMAGES = "observation.images"

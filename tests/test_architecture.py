@@ -20,6 +20,7 @@ ALLOWED = {
     "lora": set(),
     "fingerprint": set(),
     "data": {"sample"},
+    "convert": {"data", "sample"},
     "run": {"recipe"},
     "assemble": {"recipe", "lora", "model", "weights"},
     "caching": {"recipe", "sample", "data", "model", "weights", "assemble", "fingerprint", "memory"},
@@ -41,7 +42,7 @@ ALLOWED = {
 # Of the package itself, for anyone.
 PUBLIC = {"__version__", "register_auto_classes"}
 # Each heavy optional package is imported in exactly one file.
-HEAVY = {"metaworld", "mujoco", "matplotlib", "pynvml", "av", "websockets"}
+HEAVY = {"metaworld", "mujoco", "matplotlib", "pynvml", "av", "websockets", "h5py"}
 
 
 def part_of(path: Path) -> str:

@@ -179,7 +179,7 @@ class LeRobotWriter:
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"the columns of an episode must have one length of at least 1, not {lengths}.")
         for key, feature in self._features.items():
-            rows = map(_picture_shape, columns[key]) if key in self._cameras else [np.shape(columns[key])[1:]]
+            rows = map(picture_shape, columns[key]) if key in self._cameras else [np.shape(columns[key])[1:]]
             for shape in rows:
                 if tuple(shape) != tuple(feature["shape"]):
                     raise ValueError(f"{key}: each row must have the shape {tuple(feature['shape'])}, not {shape}.")
@@ -349,7 +349,8 @@ def _decode(picture: np.ndarray | bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) if isinstance(picture, bytes) else picture
 
 
-def _picture_shape(picture: np.ndarray | bytes) -> tuple[int, ...]:
+def picture_shape(picture: np.ndarray | bytes) -> tuple[int, ...]:
+    """Give the shape (H, W, 3) of a picture, or of what is in a JPEG or PNG file."""
     if not isinstance(picture, bytes):
         return picture.shape
     width, height = Image.open(io.BytesIO(picture)).size  # reads the header only
