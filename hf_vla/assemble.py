@@ -105,6 +105,11 @@ def build_model(recipe: Recipe, config: VLAConfig, without: Sequence[str] = ()) 
         part.apply(model._init_weights)
     make_trainable(model, recipe)
     leave_out(model, without)
+    for name in recipe.model.compile:
+        # In place, so that weights keep their names.
+        part = model.head if name == "head" else getattr(model.model, name)
+        if part is not None:
+            part.compile()
     return model
 
 

@@ -251,7 +251,7 @@ def test_unknown_config_keys():
 def test_decoder_from_a_folder(llama_folder, dtype):
     loaded = weights.load_lang_encoder(str(llama_folder), dtype)
     assert_same_weights(loaded, LlamaForCausalLM.from_pretrained(llama_folder).model, dtype)
-    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config._attn_implementation == "causal_sdpa"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

@@ -81,6 +81,8 @@ class Model:
     vggt_layer: int = -1
     pool_grid: int = 8
     chunk_size: int = 16
+    compile: list[Literal["vggt", "fusion", "head"]] = field(default_factory=list)
+    """Parts that `torch.compile` compiles: the first steps take longer, the others less. Plans are of eager parts."""
     outputs: Literal["actions", "geometry"] = "actions"
     """`geometry` also builds VGGT's camera and depth heads, for the report."""
 
@@ -131,6 +133,8 @@ class Data:
     eval_fraction: float = 0.1
     """Share of episodes held out, chosen by `training.seed`; at least one where it is above 0."""
     num_workers: int = 2
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a sample that can't be read does: end the run with an error that names it, or be left out and counted."""
     picture_cache_bytes: int = 0
     """Decoded pictures that each worker keeps in memory; for sets that are read many times and fit."""
 
@@ -200,6 +204,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_steps": 1_000,
     "save_total_limit": 2,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it hides what isn't finite, and waits for the GPU after every step
     "seed": 0,
     "report_to": ["tensorboard"],
 }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +44,9 @@ QUANTIZATIONS = {
     "int8": {"load_in_8bit": True},
 }
 """Arguments of BitsAndBytesConfig. Source: QLoRA, arXiv 2305.14314; LLM.int8(), arXiv 2208.07339."""
+
+CAUSAL_SDPA = "causal_sdpa"
+"""Name under which transformers is given its own `sdpa` attention once more, for sequences that need no mask."""
 
 
 def lang_encoder_config(source: str | dict[str, Any]) -> PreTrainedConfig:
@@ -79,9 +84,9 @@ def load_lang_encoder(
     bnb_config = _quantization_config(quantization)
     if not isinstance(source, dict):
         _require_config(source)
-        return _load(source, dtype, bnb_config)
+        return _attend_without_asking(_load(source, dtype, bnb_config))
     model = AutoModel.from_config(_config_of_keys(source), dtype=dtype, attn_implementation="sdpa")
-    return _quantized_copy(model, dtype, bnb_config) if bnb_config else model.eval()
+    return _attend_without_asking(_quantized_copy(model, dtype, bnb_config) if bnb_config else model.eval())
 
 
 def quantize_skeleton(model: PreTrainedModel, quantization: str) -> None:
@@ -91,6 +96,20 @@ def quantize_skeleton(model: PreTrainedModel, quantization: str) -> None:
         quantizer = AutoHfQuantizer.from_config(bnb_config)
         quantizer.preprocess_model(model, device_map=None)
         quantizer.postprocess_model(model)
+
+
+def _attend_without_asking(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a decoder's attention be causal without looking whether several sequences were packed into one.
+
+    Of the `sdpa` that transformers knows, it reads that back from the GPU in every forward (`find_packed_sequence_indices`,
+    5.23), and all waits for it; an attention that it has no masks for, it doesn't ask about. What needs masks, a sliding
+    window, keeps the usual one.
+    """
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+    if set(kinds) == {"full_attention"}:
+        ALL_ATTENTION_FUNCTIONS.register(CAUSAL_SDPA, sdpa_attention_forward)
+        model.set_attn_implementation(CAUSAL_SDPA)
+    return model
 
 
 def _require_config(source: str):

@@ -1,0 +1,54 @@
+"""What one training step does beside its arithmetic."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_vla.prepare import build_trainer
+from tests.tiny_run import tiny_recipe
+
+WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero)
+"""Operations whose result the host has to wait for, on a GPU."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in WAITS:
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "gated", "prefix"])
+@pytest.mark.parametrize("head", ["l1", "flow", "discrete"])
+def test_a_micro_step_never_waits_for_the_gpu(tmp_path, fusion, head):
+    recipe = tiny_recipe(model={"fusion": {"type": fusion, "hidden_size": 32, "num_heads": 2}, "head": {"type": head}})
+    trainer = build_trainer(recipe, tmp_path)
+    trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    with Waits() as waits:
+        trainer.training_step(trainer.model, batch, count)
+    assert not waits.seen
+
+
+def test_the_loss_is_logged_without_looking_at_it_every_step(tmp_path):
+    assert not build_trainer(tiny_recipe(), tmp_path).args.logging_nan_inf_filter
+
+
+@pytest.mark.slow
+def test_compiled_parts_train_as_eager_ones_do(tmp_path):
+    losses = []
+    for parts in ([], ["vggt", "fusion", "head"]):
+        trainer = build_trainer(
+            tiny_recipe(model={"compile": parts}, training={"max_steps": 3}), tmp_path / str(len(parts))
+        )
+        names = set(trainer.model.state_dict())
+        losses.append(trainer.train().training_loss)
+        assert set(trainer.bare_model().state_dict()) == names
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
