@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching import find_caches, fit_views, read_from_caches
+from hf_vla.data.augmentation import AugmentedDataset, varies
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import build_datasets, mean_pictures
 from hf_vla.data.windows import WindowDataset
@@ -32,6 +33,8 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     if recipe.model.head.type == "discrete":
         fit_levels(model, processor, train_data)
     train_data, eval_data = read_from_caches(recipe, caches, train_data, eval_data)
+    if varies(recipe.data.augmentation) and "vggt" not in caches:
+        train_data = AugmentedDataset(train_data, recipe.data.augmentation, arguments.seed)
     return VLATrainer(
         recipe=recipe,
         processor=processor,

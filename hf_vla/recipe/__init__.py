@@ -7,6 +7,7 @@ question is an error that names the key and the nearest one that exists.
 from hf_vla.recipe.reading import load_recipe, make_recipe
 from hf_vla.recipe.sections import (
     TRAINING_DEFAULTS,
+    Augmentation,
     Data,
     Evaluation,
     Fusion,
@@ -21,6 +22,7 @@ from hf_vla.recipe.sections import (
 
 __all__ = [
     "TRAINING_DEFAULTS",
+    "Augmentation",
     "Data",
     "Evaluation",
     "Fusion",

@@ -17,6 +17,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_fusion(recipe)
     _check_outputs(recipe)
     _check_hub(recipe)
+    _check_augmentation(recipe)
 
 
 def _check_geometry(recipe: Recipe) -> None:
@@ -95,6 +96,20 @@ def _check_hub(recipe: Recipe) -> None:
     if recipe.training.get("push_to_hub") and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id or ""):
         raise RecipeError(
             f"training.push_to_hub is true, and hub.repo_id is {repo_id!r}: give it as user/name, or set push_to_hub false."
+        )
+
+
+def _check_augmentation(recipe: Recipe) -> None:
+    """Refuse variations that leave nothing of a picture, and those that a cache wouldn't show."""
+    limits = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5, "blur": 0.1, "crop": 0.5}
+    chosen = {name: getattr(recipe.data.augmentation, name) for name in limits}
+    for name, value in chosen.items():
+        if not 0 <= value <= limits[name]:
+            raise RecipeError(f"data.augmentation.{name} is {value}; it must be 0 to {limits[name]:g}.")
+    if any(chosen.values()) and "vggt" in recipe.memory.cache and not recipe.memory.cache_copies:
+        raise RecipeError(
+            "data.augmentation varies the pictures, and memory.cache names 'vggt', whose stored features show none of it: "
+            "set memory.cache_copies to a number of augmented copies, or take the one or the other out."
         )
 
 

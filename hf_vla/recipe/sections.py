@@ -111,6 +111,22 @@ class View:
 
 
 @_strict
+class Augmentation:
+    """How far training pictures are varied, both views of a sample alike; 0 leaves them as they are."""
+
+    brightness: float = 0.0
+    """Factor drawn from 1 less this to 1 plus this; so are the next two."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """Turn of the colour circle, up to 0.5 either way."""
+    blur: float = 0.0
+    """Standard deviation of a Gaussian, drawn from 0 to this, as a share of the shorter side."""
+    crop: float = 0.0
+    """Share of both sides that is cut away at most; what is kept is brought back to the picture's size."""
+
+
+@_strict
 class Data:
     """Which demonstrations, and how samples are cut from them."""
 
@@ -127,6 +143,8 @@ class Data:
     """How a picture that isn't square is made so."""
     center_images: bool = False
     """Subtract the mean training picture of each view; for fixed cameras and a VGGT trained from scratch."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Of training pictures; where their features are cached, of the cache's copies."""
     pictures: Literal["seen", "mean"] = "seen"
     """`mean` replaces every picture by the mean one: the blind control."""
     normalization: Literal["mean_std", "min_max", "q01_q99"] = "q01_q99"
