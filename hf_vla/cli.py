@@ -61,12 +61,11 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Go through the checklist before a training: memory, who holds it, batch, precision, weights, data, disk."""
-    from hf_vla.caching import settle_caches
     from hf_vla.memory.check import checks_to_json, format_checks
     from hf_vla.memory.preflight import run_checks
     from hf_vla.recipe import load_recipe
 
-    checks = run_checks(settle_caches(load_recipe(recipe_file, overrides)))
+    checks = run_checks(load_recipe(recipe_file, overrides))
     typer.echo(checks_to_json(checks) if as_json else format_checks(checks))
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)
@@ -99,11 +98,15 @@ def cache(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs at once; the recipe's by default.")] = None,
 ) -> None:
     """Store the outputs of frozen backbones, so that training needn't load them; run again, it goes on or checks."""
+    from accelerate import PartialState
+
     from hf_vla.caching import build_caches, describe_use
     from hf_vla.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides)
-    typer.echo(describe_use(recipe, build_caches(recipe, output, batch_size)))
+    folders = build_caches(recipe, output, batch_size)
+    if PartialState().is_main_process:
+        typer.echo(describe_use(recipe, folders))
 
 
 @app.command()

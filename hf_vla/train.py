@@ -124,9 +124,8 @@ def main(
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
-        here = settle_caches(recipe)
-        plan = plan_run(here)
-        ask_doctor(here, output, plan, anyway)
+        plan = plan_run(recipe)
+        ask_doctor(recipe, output, plan, anyway)
         train(recipe, output, resume, plan)
     except (ValueError, OSError, MemoryBudgetError) as error:
         raise SystemExit(f"Error: {error}") from None
@@ -138,7 +137,8 @@ def plan_run(recipe: Recipe) -> Plan | None:
     if not torch.cuda.is_available() or recipe.training.get("use_cpu"):
         return None
     state = PartialState()
-    return broadcast_object_list([plan_recipe(recipe, gpus=state.num_processes) if state.is_main_process else None])[0]
+    plan = plan_recipe(settle_caches(recipe), gpus=state.num_processes) if state.is_main_process else None
+    return broadcast_object_list([plan])[0]
 
 
 def ask_doctor(recipe: Recipe, output: Path, plan: Plan | None, anyway: bool) -> None:

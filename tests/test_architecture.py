@@ -29,7 +29,7 @@ ALLOWED = {
     "merge": {"recipe", "lora", "model", "assemble", "checkpoint", "weights", "policy"},
     "trainer": {"recipe", "model", "checkpoint", "memory", "assemble", "lora", "run"},
     "rollout": {"sample", "data"},
-    "memory": {"recipe", "lora", "model", "assemble", "weights", "data", "sample", "run", "checkpoint"},
+    "memory": {"caching", "recipe", "lora", "model", "assemble", "weights", "data", "sample", "run", "checkpoint"},
     "geometry": {"sample", "model", "weights", "run"},
     "evaluation": {"recipe", "data", "policy", "rollout", "run", "geometry"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},

@@ -61,7 +61,7 @@ def test_a_damaged_vggt_file_and_a_wrong_path_fail(tmp_path):
 
 def test_a_cached_backbone_needs_no_weights():
     recipe = tiny_recipe(model={"vggt": "a/b", "freeze_vggt": True}, memory={"cache": ["vggt"]})
-    check = check_weights(recipe)[0]
+    check = check_weights(recipe, ["vggt"])[0]
     assert check.status == "ok" and "cache" in check.detail
 
 

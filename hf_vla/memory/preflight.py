@@ -16,7 +16,7 @@ from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.check import Check
 from hf_vla.memory.nvml import Holder, Inventory, VisibleGPU, read_gpus
-from hf_vla.memory.preflight_sources import check_versions, check_weights, open_data
+from hf_vla.memory.preflight_sources import check_caches, check_versions, check_weights, open_data
 from hf_vla.memory.sizes import GIB, format_size
 from hf_vla.recipe import Recipe
 
@@ -54,6 +54,7 @@ def run_checks(
     used = inventory.gpus[:here]
     data_check, dataset = open_data(recipe)
     trained_check, model = check_trained(recipe, dataset)
+    cache_checks, cached = check_caches(recipe, dataset)
     return [
         check_gpus(inventory, here),
         *([] if planned_peak is None or budget is None else [check_plan(planned_peak, budget)]),
@@ -61,7 +62,8 @@ def run_checks(
         check_batch(recipe, processes),
         check_precision(recipe, used),
         trained_check,
-        *check_weights(recipe),
+        *check_weights(recipe, cached),
+        *cache_checks,
         data_check,
         check_disk(recipe, output, model),
         check_versions(recipe),

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from packaging.requirements import Requirement
 
 import hf_vla
+from hf_vla.caching.use import find_caches, means_of
 from hf_vla.data.mixture import build_datasets
 from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.check import Check
@@ -32,14 +33,41 @@ DISTRIBUTION = "hf-vla"
 CONSTRAINTS = Path(hf_vla.__file__).parent.parent / "constraints.txt"
 
 
-def check_weights(recipe: Recipe) -> list[Check]:
-    """Look whether weights and tokenizer are here or can be fetched, and name their licences."""
+def check_caches(recipe: Recipe, dataset: WindowDataset | None) -> tuple[list[Check], list[str]]:
+    """Look whether the caches that the recipe may use are there.
+
+    Returns:
+        A check for each backbone that `memory.cache` names, and the backbones that needn't be loaded.
+    """
+    title, names = "Cache", recipe.memory.cache
+    if not names or dataset is None:
+        return [], []
+    try:
+        found = find_caches(recipe, dataset, means_of(recipe, dataset))
+    except (ValueError, OSError) as error:
+        return [Check("fail", title, str(error), "Build it again, or take it out of memory.cache.")], []
+    checks = [
+        Check("ok", title, f"{name} isn't loaded, its outputs are read from {found[name].folder}")
+        if name in found
+        else Check("warn", title, f"none of {name}, so each step runs it", "`hf-vla cache RECIPE` builds it.")
+        for name in names
+    ]
+    return checks, list(found)
+
+
+def check_weights(recipe: Recipe, cached: Sequence[str] = ()) -> list[Check]:
+    """Look whether weights and tokenizer are here or can be fetched, and name their licences.
+
+    Args:
+        recipe: the run.
+        cached: backbones that aren't loaded.
+    """
     model = recipe.model
     openers = {"vggt": vggt_config, "lang_encoder": _open_decoder}
     titles = {"vggt": "Weights of VGGT", "lang_encoder": "Weights of the language encoder"}
     checks = [
         Check("ok", titles[part], "not loaded: its outputs come from the cache")
-        if part in recipe.memory.cache
+        if part in cached
         else check_source(titles[part], getattr(model, part), openers[part])
         for part in openers
     ]

@@ -1,0 +1,179 @@
+"""Building a recipe's caches: its backbones, loaded one at a time, over all that its dataset holds.
+
+Letters: B batch, V views, H W pixels, g grid side after pooling, L text tokens, D LLaMA width, C VGGT width.
+"""
+
+import json
+import logging
+import shlex
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from rich.progress import Progress
+from torch import Tensor
+
+from hf_vla.assemble import build_config, build_model, build_processor
+from hf_vla.caching.keys import BACKBONES, cache_keys, cacheable, token_ids
+from hf_vla.caching.use import ROOT, cache_root, means_of
+from hf_vla.data.feature_build import Pairs, Rank, ViewBuild, build_views, is_whole
+from hf_vla.data.feature_cache import MANIFEST, Key, folder_name, read_manifest
+from hf_vla.data.feature_text import build_texts
+from hf_vla.data.mixture import build_datasets
+from hf_vla.data.windows import WindowDataset
+from hf_vla.memory.sizes import format_size, parse_size
+from hf_vla.model.modeling_vla import VLAModel
+from hf_vla.model.processing_vla import VLAProcessor
+from hf_vla.recipe import Recipe, RecipeError
+from hf_vla.sample import view_name
+
+logger = logging.getLogger(__name__)
+
+
+def build_caches(recipe: Recipe, output: Path | None = None, batch_size: int | None = None) -> list[Path]:
+    """Build the recipe's caches, or go on with them; on several ranks, each does its share.
+
+    Args:
+        recipe: the run; where `memory.cache` names nothing, all that can be cached is.
+        output: folder that they are built in; None takes `memory.cache_dir`, or `cache/DATASET`.
+        batch_size: observations that VGGT encodes at once; None takes the recipe's.
+
+    Returns:
+        Their folders.
+
+    Raises:
+        RecipeError: if nothing can be cached.
+        OSError: if the disk is full; what is written is kept.
+        ValueError: if a cache would be larger than `memory.cache_budget`.
+    """
+    names = recipe.memory.cache or cacheable(recipe)
+    if not names:
+        raise RecipeError("Nothing can be cached: no backbone is frozen and reads nothing that trains.")
+    train_data, _ = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
+    means = means_of(recipe, train_data)
+    root = output or cache_root(recipe, train_data)
+    keys = cache_keys(recipe, train_data, means, names, root)
+    folders = {name: root / folder_name(name, key) for name, key in keys.items()}
+    there = [name for name, folder in folders.items() if is_whole(folder)]
+    state = PartialState(cpu=recipe.training.get("use_cpu", False))
+    state.wait_for_everyone()  # or one could already see what another builds
+    for name, folder in folders.items():
+        if name in there:
+            logger.info("%s: whole, as it was written.", folder)
+        elif name == "vggt":
+            build_view_tokens(recipe, train_data, means, folder, keys[name], batch_size, state)
+        else:
+            build_text_states(recipe, train_data, folder, keys[name], state)
+    return list(folders.values())
+
+
+def describe_use(recipe: Recipe, folders: list[Path]) -> str:
+    """Say what was built, and what to add to the recipe for training to use it."""
+    lines = []
+    for folder in folders:
+        manifest = read_manifest(folder / MANIFEST)
+        size, error = format_size(manifest["bytes"]), manifest["relative_error"]
+        lines.append(f"{folder}: {manifest['rows']:,} rows, {size}, {manifest['stored']}, off by {error:.2%} (RMS)")
+    names = [folder.name.rpartition("-")[0] for folder in folders]
+    asked = {"memory.cache": json.dumps(names)} if set(names) != set(recipe.memory.cache) else {}
+    root = folders[0].parent
+    default = Path(recipe.memory.cache_dir).expanduser() if recipe.memory.cache_dir else ROOT / root.name
+    asked |= {"memory.cache_dir": str(root)} if root != default else {}
+    if asked:
+        lines.append(
+            "Train with: " + " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in asked.items())
+        )
+    return "\n".join(lines)
+
+
+def build_text_states(recipe: Recipe, train_data: WindowDataset, folder: Path, key: Key, state: PartialState) -> None:
+    """Build the cache of LLaMA's states; few as instructions are, the first rank encodes them all."""
+    if state.is_main_process:
+        encode = partial(encode_text, recipe, _load(recipe, train_data, "lang_encoder", state))
+        build_texts(folder, key, token_ids(recipe, train_data), encode, recipe.memory.cache_dtype)
+    state.wait_for_everyone()
+
+
+def build_view_tokens(
+    recipe: Recipe,
+    train_data: WindowDataset,
+    means: np.ndarray | None,
+    folder: Path,
+    key: Key,
+    batch_size: int | None,
+    state: PartialState,
+) -> None:
+    """Build the cache of VGGT's pooled tokens, every rank its share of the shards."""
+    model = _load(recipe, train_data, "vggt", state)
+    whole = WindowDataset(train_data.info, train_data.views, recipe.model.chunk_size)
+    with Progress(disable=not state.is_main_process) as progress:
+        build = ViewBuild(
+            folder=folder,
+            key=key,
+            episodes=[(episode.index, episode.length) for episode in whole.episodes],
+            pairs=Pairs(whole, partial(prepare_pictures, _processor(recipe, train_data, means))),
+            encode=partial(encode_views, recipe, model),
+            row_shape=(model.config.num_views, model.config.pool_grid**2, 2 * model.config.vggt_config.embed_dim),
+            stored=recipe.memory.cache_dtype,
+            batch_size=batch_size or recipe.data.batch_size,
+            workers=recipe.data.num_workers,
+            max_bytes=recipe.memory.cache_budget and parse_size(recipe.memory.cache_budget),
+            tick=Ticker(progress),
+        )
+        logger.info("%s: %d pairs, %s at most.", folder, len(build.pairs), format_size(build.bytes_at_most))
+        build_views(build, Rank(state.process_index, state.num_processes, state.wait_for_everyone))
+
+
+def _load(recipe: Recipe, train_data: WindowDataset, name: str, state: PartialState) -> VLAModel:
+    """Load one backbone alone."""
+    info, others = train_data.info, [other for other in BACKBONES if other != name]
+    config = build_config(recipe, len(train_data.views), info.state_dim, info.action_dim)
+    return build_model(recipe, config, without=others).model.to(state.device).eval()
+
+
+def _processor(recipe: Recipe, train_data: WindowDataset, means: np.ndarray | None) -> VLAProcessor:
+    views = [view_name(view.camera, view.offset) for view in train_data.views]
+    return build_processor(recipe, views, train_data.info.stats, means, train_data.tasks)
+
+
+class Ticker:
+    """One bar of progress for each kind of work."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Move a bar on."""
+        if what not in self._bars:
+            self._bars[what] = self._progress.add_task(what, total=total)
+        self._progress.advance(self._bars[what], done)
+
+
+def encode_views(recipe: Recipe, model: VLAModel, pixels: Tensor) -> Tensor:
+    """Encode pixels (B, V, 3, H, W) to (B, V, g², 2C), in the precision that training has."""
+    with _autocast(recipe, model.vggt.device.type):
+        return model.encode_views(pixels.to(model.vggt.device))
+
+
+@torch.no_grad()
+def encode_text(recipe: Recipe, model: VLAModel, ids: list[int]) -> Tensor:
+    """Encode one prompt to (L, D), in the precision that training has."""
+    device = model.lang_encoder.device
+    with _autocast(recipe, device.type):
+        return model.encode_text(torch.tensor([ids], device=device))[0].cpu()
+
+
+def _autocast(recipe: Recipe, device: str) -> AbstractContextManager:
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((half[name] for name in half if recipe.training.get(name)), None)
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+def prepare_pictures(processor: VLAProcessor, images: list[list[np.ndarray]]) -> Tensor:
+    """Turn B lists of V pictures into (B, V, 3, H, W), as training does."""
+    return processor(images=images)["pixel_values"]
