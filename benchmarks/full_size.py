@@ -44,7 +44,33 @@ SMALL = {
     },
     "data": {"image_size": 56},
 }
-"""A thousandth of everything, to see on a CPU that it runs."""
+"""As small as it gets, to see on a CPU that it runs."""
+
+PROPORTIONAL = {
+    "model": {
+        "vggt": {
+            "img_size": 84,
+            "embed_dim": 384,
+            "depth": 7,
+            "num_heads": 6,
+            "encoder_depth": 8,
+            "encoder_num_heads": 6,
+        },
+        "lang_encoder": {
+            "hidden_size": 256,
+            "num_hidden_layers": 8,
+            "intermediate_size": 688,
+            "num_attention_heads": 4,
+            "vocab_size": 384,
+        },
+        "fusion": {"hidden_size": 64, "num_heads": 2},
+        "head": {"hidden_size": 64},
+    },
+    "data": {"image_size": 84},
+}
+"""A thousandth of the arithmetic, in proportion: 6.5 GFLOP for VGGT's pair, 2.5 for a LoRA step of LLaMA on 96 tokens."""
+
+SCALES = {"full": {}, "proportional": PROPORTIONAL, "small": SMALL}
 
 
 @dataclass(frozen=True)
@@ -57,12 +83,14 @@ class Case:
     """Section to keys that are laid over it."""
     text_tokens: int = 64
 
-    def load(self, is_small: bool) -> Recipe:
-        """Read the recipe with this case's keys and, if asked, at a thousandth of its size."""
+    def load(self, scale: str) -> Recipe:
+        """Read the recipe with this case's keys, at one of `SCALES`, for the device that is here."""
         raw = json.loads((RECIPES / self.recipe).read_text())
         quiet = {"training": {"report_to": [], "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True}}
-        for changes in (self.changes, quiet, SMALL if is_small else {}):
+        for changes in (self.changes, quiet, SCALES[scale]):
             lay_over(raw, changes)
+        if not torch.cuda.is_available():
+            raw["training"]["use_cpu"] = True
         return make_recipe(raw)
 
     @property
@@ -84,17 +112,17 @@ class RandomSamples(Dataset):
     """Rows of one random batch, over and over: already what the collator would give."""
 
     def __init__(self, config: VLAConfig, shapes: Shapes, recipe: Recipe, length: int):
-        self._rows = make_batch(config, shapes, recipe, recipe.data.batch_size)
+        self.rows = make_batch(config, shapes, recipe, recipe.data.batch_size)
         self._length = length
         generator = torch.Generator().manual_seed(0)
-        for tensor in filter(Tensor.is_floating_point, self._rows.values()):
+        for tensor in filter(Tensor.is_floating_point, self.rows.values()):
             tensor.uniform_(generator=generator)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {key: rows[i % len(rows)] for key, rows in self._rows.items()}
+        return {key: rows[i % len(rows)] for key, rows in self.rows.items()}
 
 
 class Stopwatch(TrainerCallback):

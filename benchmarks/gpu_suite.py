@@ -31,7 +31,6 @@ from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.memory.gpus import find_gpu, write_calibration
 from hf_vla.memory.meter import GPUMeter, HostMeter, Meter
 from hf_vla.memory.microbatch import Fit
-from hf_vla.recipe import Recipe
 from hf_vla.trainer import VLATrainer, training_arguments
 
 BUDGET = 28 * 2**30
@@ -144,7 +143,7 @@ def calibrate(results: Path) -> dict[str, Any]:
 
 def measure_training(case: Case, meter: Meter, is_small: bool) -> dict[str, Any]:
     """Plan a training, run it under the budget, and set one beside the other."""
-    recipe = on_this_device(case, is_small)
+    recipe = case.load(scale_of(is_small))
     planned = plan(case, recipe, gpu_name(meter), BUDGET)
     flops = model_flops(case, recipe, gpu_name(meter))
     meter.cap(BUDGET)
@@ -194,7 +193,7 @@ def measure_device(meter: Meter, is_small: bool) -> dict[str, Any]:
 def measure_vggt(meter: Meter, is_small: bool) -> dict[str, Any]:
     """Time the frozen VGGT's forward over batches of pairs."""
     case = TRAININGS["safe"]
-    recipe = on_this_device(case, is_small)
+    recipe = case.load(scale_of(is_small))
     config = build_config(recipe, 2, 8, 7)
     model = build_on_meta(recipe, config)
     model.model.lang_encoder = None
@@ -223,7 +222,7 @@ def encode(model: nn.Module, pixels: torch.Tensor) -> None:
 def measure_recovery(meter: Meter, is_small: bool) -> dict[str, Any]:
     """Run out of memory for real, and see the step done in pieces: same loss as with room enough."""
     case = Case("lora.json", {"data": {"batch_size": 16}, "lora": {"lora_dropout": 0.0}})
-    recipe = on_this_device(case, is_small)
+    recipe = case.load(scale_of(is_small))
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(recipe, case.shapes, Path(folder) / "run", 1)
         start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -267,7 +266,7 @@ def make_again(trainer: VLATrainer, folder: Path) -> VLATrainer:
 def measure_kernels(meter: Meter, is_small: bool) -> dict[str, Any]:
     """List the kernels that a LoRA step spends its time in, and those that attention used."""
     case = TRAININGS["lora"]
-    recipe = on_this_device(case, is_small)
+    recipe = case.load(scale_of(is_small))
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -295,12 +294,9 @@ def measure_kernels(meter: Meter, is_small: bool) -> dict[str, Any]:
     }
 
 
-def on_this_device(case: Case, is_small: bool) -> Recipe:
-    """Read a case's recipe for the device that is here."""
-    recipe = case.load(is_small)
-    if not torch.cuda.is_available():
-        recipe.training["use_cpu"] = True
-    return recipe
+def scale_of(is_small: bool) -> str:
+    """Name the sizes to run at."""
+    return "small" if is_small else "full"
 
 
 def this_meter() -> Meter:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from benchmarks.full_size import WARM_UP, Case, make_trainer, model_flops, now, train
-from benchmarks.gpu_suite import gpu_name, matrix_rate, on_this_device, this_meter
+from benchmarks.gpu_suite import gpu_name, matrix_rate, scale_of, this_meter
 from benchmarks.result import RESULTS, write_result
 
 STEPS = 10
@@ -81,7 +81,7 @@ def main() -> None:
 
 def profile(case: Case, is_small: bool) -> dict[str, Any]:
     """Train twice, undisturbed and with the clock at every boundary."""
-    meter, recipe = this_meter(), on_this_device(case, is_small)
+    meter, recipe = this_meter(), case.load(scale_of(is_small))
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = train(make_trainer(recipe, case.shapes, Path(folder) / "undisturbed", STEPS))
         trainer = make_trainer(recipe, case.shapes, Path(folder) / "profiled", STEPS)
