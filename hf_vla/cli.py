@@ -35,6 +35,7 @@ def plan(
     allow: Annotated[
         list[str] | None, typer.Option(help="quantize, freeze or image_size: may change results.")
     ] = None,
+    cached: Annotated[bool, typer.Option("--cached", help="A search may count on `hf-vla cache`.")] = False,
     output: Annotated[Path, typer.Option(help="Where a search writes the fastest recipe.")] = Path("planned.json"),
     scenarios: Annotated[bool, typer.Option("--scenarios", help="The memory guide's three, beside ours.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -45,7 +46,9 @@ def plan(
     if scenarios:
         shown = planning.show_scenarios(gpu)
     elif train:
-        shown = planning.show_search(train, budget, gpus, gpu, image_size, effective_batch, allow or [], output)
+        shown = planning.show_search(
+            train, budget, gpus, gpu, image_size, effective_batch, allow or [], output, cached
+        )
     elif recipe_file:
         shown = planning.show_recipe(recipe_file, overrides, budget, gpus, gpu)
     else:

@@ -39,6 +39,7 @@ def show_search(
     effective_batch: int,
     allow: list[str],
     output: Path,
+    cached: bool = False,
 ) -> Shown:
     """Search for the recipes that fit, and write the fastest.
 
@@ -58,6 +59,7 @@ def show_search(
         effective_batch=effective_batch,
         gpus=gpus or 1,
         allow=tuple(allow),
+        cached=cached,
     )
     settled = find_budget(make_recipe({}), budget, wish.gpus)
     if settled is None:

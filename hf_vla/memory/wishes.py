@@ -22,7 +22,7 @@ class Wish:
     gpus: int = 1
     allow: tuple[str, ...] = ()
     cached: bool = False
-    """Whether to count on cached outputs of frozen backbones, which can be planned and not yet trained from."""
+    """Whether to count on cached outputs of frozen backbones, which `hf-vla cache` builds first."""
 
 
 def parse_train(text: str) -> dict[str, str]:
