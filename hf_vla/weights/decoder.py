@@ -96,6 +96,7 @@ def quantize_skeleton(model: PreTrainedModel, quantization: str) -> None:
         quantizer = AutoHfQuantizer.from_config(bnb_config)
         quantizer.preprocess_model(model, device_map=None)
         quantizer.postprocess_model(model)
+        _keep_packing(model)
 
 
 def _attend_without_asking(model: PreTrainedModel) -> PreTrainedModel:
