@@ -144,6 +144,24 @@ def test_without_a_cache_training_runs_the_backbones_and_says_so(weights, robot,
     assert "hf-vla cache" in caplog.text
 
 
+def test_training_draws_from_augmented_copies_and_evaluation_from_none(weights, robot, tmp_path):
+    varied = {"data": {"augmentation": {"brightness": 0.5}}, "memory": {"cache_copies": 2}}
+    recipe = cached_recipe(weights, robot, tmp_path / "cache", **varied, training={"max_steps": 1})
+    build_caches(recipe)
+    trainer = build_trainer(recipe, tmp_path / "run")
+    trainer.train()
+    data = trainer.train_dataset
+    seen = {tuple(data[Draw(0, epoch)].view_features.flatten().tolist()) for epoch in range(20)}
+    assert len(seen) == 2
+    plain = tuple(data.view_cache.read(data[Draw(0, 0)].episode_index, 0).flatten().tolist())
+    assert plain not in seen
+    assert not trainer.eval_dataset.wants_epoch
+    more = dataclasses.replace(recipe.data.augmentation, brightness=0.6)
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augmentation=more))
+    with pytest.raises(ValueError, match=r"augmentation.brightness is 0.5 there and 0.6 here\."):
+        settle_caches(other)
+
+
 def other_weights(recipe: Recipe, tmp_path: Path) -> Recipe:
     torch.manual_seed(1)
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **released_weights(tmp_path / "other")))
@@ -198,6 +216,8 @@ def test_a_cache_of_something_else_is_refused_by_name(built, tmp_path, change, w
         ({"model": {"freeze_vggt": False}}, "'vggt', which trains"),
         ({"lora": {"apply_to": ["lang_encoder"]}}, "'lang_encoder', which trains"),
         ({"memory": {"cache_copies": -1}}, "cache_copies is -1"),
+        ({"memory": {"cache_copies": 2}}, "cache_copies is 2, but data.augmentation varies nothing"),
+        ({"data": {"augmentation": {"hue": 0.1}}}, "stored features show none of it: set memory.cache_copies"),
         ({"memory": {"cache_dtype": "int4"}}, "cache_dtype"),
     ],
 )

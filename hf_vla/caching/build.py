@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching.keys import BACKBONES, cache_keys, cacheable, token_ids
 from hf_vla.caching.use import ROOT, cache_root, means_of
+from hf_vla.data.augmentation import AugmentedDataset
 from hf_vla.data.feature_build import Pairs, Rank, ViewBuild, build_views, is_whole
 from hf_vla.data.feature_cache import MANIFEST, Key, folder_name, read_manifest
 from hf_vla.data.feature_text import build_texts
@@ -110,12 +112,14 @@ def build_view_tokens(
     """Build the cache of VGGT's pooled tokens, every rank its share of the shards."""
     model = _load(recipe, train_data, "vggt", state)
     whole = WindowDataset(train_data.info, train_data.views, recipe.model.chunk_size)
-    with Progress(disable=not state.is_main_process) as progress:
+    augmented = AugmentedDataset(whole, recipe.data.augmentation, recipe.training["seed"])
+    prepare = partial(prepare_pictures, _processor(recipe, train_data, means))
+    with Progress(console=Console(stderr=True), disable=not state.is_main_process) as progress:
         build = ViewBuild(
             folder=folder,
             key=key,
             episodes=[(episode.index, episode.length) for episode in whole.episodes],
-            pairs=Pairs(whole, partial(prepare_pictures, _processor(recipe, train_data, means))),
+            pairs=Pairs(whole, prepare, recipe.memory.cache_copies, augmented),
             encode=partial(encode_views, recipe, model),
             row_shape=(model.config.num_views, model.config.pool_grid**2, 2 * model.config.vggt_config.embed_dim),
             stored=recipe.memory.cache_dtype,

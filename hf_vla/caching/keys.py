@@ -3,6 +3,7 @@
 Letters: V views, H W pixels.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,17 @@ def view_key(recipe: Recipe, dataset: WindowDataset, means: np.ndarray | None, d
         "revision": data.revision,
         "frames": digest_files(digests, dataset.info.root, files),
         "episodes": digest_of([[e.index, e.length, e.first_row] for e in dataset.info.episodes]),
-        "copies": recipe.memory.cache_copies,
+        **copies_key(recipe),
     }
+
+
+def copies_key(recipe: Recipe) -> Key:
+    """Say what augmented copies are made of."""
+    copies = recipe.memory.cache_copies
+    if not copies:
+        return {"copies": 0}
+    varied = {f"augmentation.{name}": value for name, value in dataclasses.asdict(recipe.data.augmentation).items()}
+    return {"copies": copies, "augmentation_seed": recipe.training["seed"], **varied}
 
 
 def check_embedded(dataset: WindowDataset) -> None:

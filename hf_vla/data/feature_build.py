@@ -42,7 +42,7 @@ class Pairs(Dataset):
         dataset: the whole dataset's samples.
         prepare: B lists of V pictures to pixels (B, V, 3, H, W), as training prepares them.
         copies: K.
-        augmented: the dataset with augmentation, asked for K epochs; None where K is 0.
+        augmented: the dataset with augmentation, asked for K epochs; not read where K is 0.
     """
 
     def __init__(self, dataset, prepare: Callable[[list], Tensor], copies: int = 0, augmented: Dataset | None = None):

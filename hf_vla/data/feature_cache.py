@@ -189,16 +189,18 @@ class CachedDataset(Dataset):
         seed: int = 0,
     ):
         self.dataset, self.view_cache, self.text_cache = dataset, views, texts
-        self.wants_epoch = augments
-        self._seed = seed
+        self.wants_epoch = augments or (views is None and getattr(dataset, "wants_epoch", False))
+        self._augments, self._seed = augments, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, where: int | Draw) -> Sample:
-        index = where.index if isinstance(where, Draw) else where
-        sample = self.dataset[where] if self.view_cache is None else self.dataset.without_pictures(index)
-        if self.view_cache is not None:
+        """Read a sample; a plain number is one of epoch 0."""
+        if self.view_cache is None:
+            sample = self.dataset[where]
+        else:
+            sample = self.dataset.without_pictures(where.index if isinstance(where, Draw) else where)
             features = self.view_cache.read(sample.episode_index, sample.frame_index, self._copy(where))
             sample = sample._replace(view_features=features)
         if self.text_cache is not None:
@@ -206,10 +208,11 @@ class CachedDataset(Dataset):
         return sample
 
     def _copy(self, where: int | Draw) -> int:
-        if not self.wants_epoch:
+        if not self._augments:
             return 0
-        draw = np.random.default_rng((self._seed, where.epoch, where.index))
-        return int(draw.integers(1, self.view_cache.copies, endpoint=True))
+        draw = where if isinstance(where, Draw) else Draw(where, 0)
+        generator = np.random.default_rng((self._seed, draw.epoch, draw.index))
+        return int(generator.integers(1, self.view_cache.copies, endpoint=True))
 
     @property
     def info(self):

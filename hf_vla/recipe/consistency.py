@@ -111,6 +111,11 @@ def _check_augmentation(recipe: Recipe) -> None:
             "data.augmentation varies the pictures, and memory.cache names 'vggt', whose stored features show none of it: "
             "set memory.cache_copies to a number of augmented copies, or take the one or the other out."
         )
+    if recipe.memory.cache_copies and not any(chosen.values()):
+        raise RecipeError(
+            f"memory.cache_copies is {recipe.memory.cache_copies}, but data.augmentation varies nothing: set it to 0, or "
+            "say what to vary."
+        )
 
 
 def _check_in_backward(training: dict[str, Any]) -> None:
