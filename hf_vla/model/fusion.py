@@ -57,7 +57,7 @@ class LateFusion(nn.Module):
         mask = _widen(text_mask, before=views.shape[1], behind=0)
         # State and instruction ride with the queries: where these look depends on where the robot is and what it is told.
         queries = self.queries.weight.expand(len(context), -1, -1)
-        x = torch.cat([queries, self.state(state), _mean_text(text, text_mask)], dim=1)
+        x = torch.cat([queries, self.state(state), _whole_text(text, text_mask)], dim=1)
         for block in self.blocks:
             x = block(x, context, mask)
         return self.norm(x[:, : queries.shape[1]])
@@ -242,6 +242,14 @@ def _mean_text(text: Tensor, text_mask: Tensor) -> Tensor:
     """Average text (B, L, F) where mask (B, L) is True, to (B, 1, F)."""
     weight = text_mask[..., None].to(text.dtype)
     return (text * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+
+
+def _whole_text(text: Tensor, text_mask: Tensor) -> Tensor:
+    """Take the last of text (B, L, F) where mask (B, L) is True, which alone has read all of it: (B, 1, F).
+
+    In the mean, the one word by which two instructions differ counts for one in L, and a small policy overlooks it.
+    """
+    return _gather(text, text_mask.sum(1, keepdim=True) - 1)
 
 
 def pool_patches(grid: Tensor, g: int) -> Tensor:
