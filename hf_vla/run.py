@@ -19,6 +19,8 @@ from hf_vla.recipe import Recipe
 RECIPE = "recipe.json"
 INFO = "run.json"
 MODEL = "model"
+FIRST_SKIPPED = 20
+"""Skipped samples that are named; the others are counted."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate", "numpy")
 
 
@@ -57,8 +59,8 @@ def open_run(directory: str | Path, recipe: Recipe) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / RECIPE).exists():
-        recipe.save(directory / RECIPE)
         update_info(directory, describe_process())
+        write_json(directory / RECIPE, recipe.to_dict())  # last: with it, there is a run
 
 
 def describe_process() -> dict[str, Any]:
@@ -114,7 +116,20 @@ def update_info(directory: str | Path, changes: dict[str, Any]) -> None:
 def add_event(directory: str | Path, step: int, kind: str, text: str) -> None:
     """Append to the run's events: whatever its user should know that happened."""
     event = {"time": now(), "step": step, "kind": kind, "text": text}
-    update_info(directory, {"events": [*read_info(directory).get("events", []), event]})
+    events = read_info(directory).get("events", [])
+    if not any(_same_event(event, known) for known in events):  # a run that goes on does some steps again
+        update_info(directory, {"events": [*events, event]})
+
+
+def _same_event(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[key] == b[key] for key in ("step", "kind", "text"))
+
+
+def report_skipped(directory: str | Path, count: int, texts: list[str]) -> None:
+    """Write how many samples were left out since the run's start, and what was wrong with the first of them."""
+    known = read_info(directory).get("skipped", {}).get("first", [])
+    first = [*known, *(text for text in texts if text not in known)][:FIRST_SKIPPED]
+    update_info(directory, {"skipped": {"samples": count, "first": first}})
 
 
 def write_json(path: Path, value: Any) -> None:

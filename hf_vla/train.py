@@ -9,9 +9,8 @@ import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_vla import run
+from hf_vla import run, saving
 from hf_vla.caching import caches_of, settle_caches
 from hf_vla.checkpoint import save_checkpoint
 from hf_vla.console import set_up_logging
@@ -52,7 +51,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         if recipe.memory.cache:
             run.update_info(output, {"cache": caches_of(trainer.train_dataset)})
     trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
+    result = trainer.train(resume_from_checkpoint=find_checkpoint(output) if resume else None)
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)
         write_results(trainer, result.metrics, output)
@@ -61,6 +60,22 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     if trainer.is_world_process_zero():
         push_if_asked(output, recipe)
     return output
+
+
+def find_checkpoint(output: Path) -> str | None:
+    """Find the newest whole checkpoint to go on from, and say so, and what was passed over."""
+    found = saving.find(output)
+    step = 0 if found.checkpoint is None else int(found.checkpoint.name.partition("-")[2])
+    texts = [f"{trouble}: it is passed over." for trouble in found.skipped]
+    texts.append(
+        f"Going on from {found.checkpoint.name if found.checkpoint else 'the start: there is no checkpoint yet'}."
+    )
+    for text in texts:
+        logger.info(text)
+        if PartialState().is_main_process:
+            run.add_event(output, step, "resumed", text)
+    PartialState().wait_for_everyone()  # none writes before all have looked
+    return found.checkpoint and str(found.checkpoint)
 
 
 def is_restarted() -> bool:
@@ -101,7 +116,7 @@ def write_results(trainer: VLATrainer, metrics: dict[str, float], output: Path) 
         "samples_per_second": metrics["train_samples_per_second"],
         "steps": trainer.state.global_step,
         "parameters": count_parameters(trainer.bare_model()),
-        "train": {"loss": metrics["train_loss"]},
+        "train": {"loss": trainer.mean_loss},
         "memory": {
             "planned_peak_bytes": trainer.monitor.plan["planned_peak"],
             "budget_bytes": trainer.monitor.plan["budget"],

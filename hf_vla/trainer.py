@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_vla.checkpoint import load_trained, save_checkpoint
 from hf_vla.memory import ranks
@@ -22,7 +23,8 @@ from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung,
 from hf_vla.memory.monitor import MemoryMonitor
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
-from hf_vla.run import add_event, write_json
+from hf_vla.resumable import ResumableTrainer
+from hf_vla.run import add_event, report_skipped, write_json
 
 MICRO_BATCH = "micro_batch.json"
 """What was found to fit: in each checkpoint, and in the run itself once it had to stop for it."""
@@ -30,7 +32,7 @@ MICRO_BATCH = "micro_batch.json"
 logger = logging.getLogger(__name__)
 
 
-class VLATrainer(Trainer):
+class VLATrainer(ResumableTrainer):
     """Trainer whose loss is a mean over every valid action entry of an optimizer step, however the step is cut up.
 
     Out of memory, an ordinary step is run again in smaller pieces (`memory/microbatch.py`). Two kinds of step can't be:
@@ -42,7 +44,7 @@ class VLATrainer(Trainer):
         recipe: the run, written into each checkpoint.
         processor: the processor that the collator uses, written into each checkpoint.
         what_fits: says, for people, which recipe would fit; asked when nothing is left to try.
-        kwargs: arguments of `transformers.Trainer`.
+        kwargs: arguments of `ResumableTrainer`.
     """
 
     def __init__(
@@ -52,15 +54,15 @@ class VLATrainer(Trainer):
         what_fits: Callable[[Recipe], str] = lambda recipe: "See what would fit with `hf-vla plan`.",
         **kwargs,
     ):
-        super().__init__(processing_class=processor, **kwargs)
+        super().__init__(on_error=recipe.data.on_error, processing_class=processor, **kwargs)
         self.recipe, self.what_fits = recipe, what_fits
         self.in_backward: OptimizerInBackward | None = None
         self.monitor: MemoryMonitor | None = None
         size = recipe.data.batch_size
         sizes = [size] if recipe.memory.optimizer_in_backward else divisors(size)
-        self.batcher = MicroBatcher(self.model, sizes, self._rungs(), self._tell)
+        self.batcher = MicroBatcher(self.model, sizes, self._rungs(), self.tell)
         size = self.args.per_device_eval_batch_size
-        self.evaluation_batcher = EvaluationBatcher([size] if self.is_sharded else divisors(size), self._tell)
+        self.evaluation_batcher = EvaluationBatcher([size] if self.is_sharded else divisors(size), self.tell)
         self._restrict(Path(self.args.output_dir), "This run stopped for want of memory")
 
     def watch_memory(self, monitor: MemoryMonitor) -> None:
@@ -131,6 +133,7 @@ class VLATrainer(Trainer):
         """End the run, on all ranks together, with nothing lost: the weights are those of the last whole step."""
         self.batcher.forget()
         self.batcher.rewind()
+        self.undo_step()
         self._save_checkpoint(self.model, trial=None)
         raise MemoryBudgetError(
             f"Not even one sample fits, whatever was tried. Step {self.state.global_step} is saved in "
@@ -140,6 +143,7 @@ class VLATrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate one batch; where it doesn't fit, in pieces, weighted by what counts in each."""
         step = partial(super().prediction_step, model, prediction_loss_only=True)
+        self.take_skipped([inputs])
         inputs = self._prepare_inputs(inputs)
         inputs["draws"] = self.bare_model().draws(inputs["actions"])
         parts = self.evaluation_batcher.run(inputs, lambda part: (step(part)[0], (~part["action_is_pad"]).sum()))
@@ -149,7 +153,7 @@ class VLATrainer(Trainer):
                 "says who holds what. Go on from the last checkpoint with --resume."
             )
         losses, counts = (torch.stack(values) for values in zip(*parts, strict=True))
-        return (losses * counts).sum() / counts.sum(), None, None
+        return (losses * counts).sum() / counts.sum().clamp_min(1), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer and, where the recipe says so, move its work into the backward."""
@@ -187,22 +191,37 @@ class VLATrainer(Trainer):
             rungs.append(Rung("activations offloaded to the host", partial(enable, offload=True)))
         return rungs
 
-    def _tell(self, kind: str, text: str) -> None:
+    def tell(self, kind: str, text: str) -> None:
+        """Log what a user should know, and write it into the run's events."""
         logger.warning(text)
         if self.is_world_process_zero():
             add_event(self.args.output_dir, self.state.global_step, kind, text)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
         """Count valid action entries of all this step's micro-batches, on all ranks; Trainer only knows `labels`."""
+        self._report_skipped(batch_samples)
         count = sum((~batch["action_is_pad"]).sum() * batch["actions"].shape[-1] for batch in batch_samples).to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        return count.clamp_min(1)  # where all samples of a step were skipped
+
+    def _report_skipped(self, batch_samples: list[dict]) -> None:
+        """Count the samples that were left out, on all ranks, and name the first of them in `run.json`."""
+        texts = self.take_skipped(batch_samples)
+        if self.on_error == "raise":
+            return
+        for text in texts:
+            logger.warning("A sample was left out (data.on_error): %s", text)
+        texts = gather_object(texts) if self.args.world_size > 1 else texts
+        self.skipped += len(texts)
+        if texts and self.is_world_process_zero():
+            report_skipped(self.args.output_dir, self.skipped, texts)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         self._try_twice(
             lambda: save_checkpoint(self.bare_model(), self.processing_class, self.recipe, directory), "The model"
         )
-        self._save_fit(directory)
+        self._save_fit(directory, patience=self.batcher.patience)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._try_twice(partial(super()._save_optimizer_and_scheduler, output_dir), "The optimizer")
@@ -213,22 +232,21 @@ class VLATrainer(Trainer):
             return save()
         except torch.OutOfMemoryError:
             pass
-        self._tell(
-            "out_of_memory", f"{what} couldn't be saved for want of memory: trying again with all caches freed."
-        )
+        self.tell("out_of_memory", f"{what} couldn't be saved for want of memory: trying again with all caches freed.")
         free_cache()
         return save()
 
-    def _save_fit(self, directory: Path) -> None:
+    def _save_fit(self, directory: Path, **more: dict) -> None:
         fit = self.batcher.fit
         rungs = [rung.name for rung in self.batcher.rungs[: fit.rungs]]
-        write_json(directory / MICRO_BATCH, {"size": fit.size, "rungs": rungs})
+        write_json(directory / MICRO_BATCH, {"size": fit.size, "rungs": rungs, **more})
 
     def _restrict(self, directory: Path, reason: str) -> None:
         file = directory / MICRO_BATCH
         if file.is_file():
             found = json.loads(file.read_text())
             self.batcher.restrict(Fit(found["size"], len(found["rungs"])), reason)
+            self.batcher.patience = found.get("patience", self.batcher.patience)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.bare_model(), self.recipe, resume_from_checkpoint)
@@ -249,6 +267,8 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
         RecipeError: for values that TrainingArguments refuses, and for fp16 where there is no GPU to run it.
     """
     values = dict(recipe.training)
+    if values.get("eval_strategy", "no") != "no":
+        values.setdefault("metric_for_best_model", "loss")  # so that the best checkpoint is kept
     values.pop("push_to_hub", None)  # Trainer would ask the Hub before the first step; train.py pushes after the last
     if values.get("fp16") and not torch.cuda.is_available():
         raise RecipeError(

@@ -75,6 +75,11 @@ class RankBatches(Sampler[list[Turn]]):
         self._begun = (len(self) - self._remaining()) // accumulation * accumulation
         return self._begun
 
+    def position_after(self, batches: int) -> int:
+        """Say how many samples of the epoch all ranks have seen after so many batches of each, those begun with counted."""
+        rounds = max(0, batches - (len(self) - self._remaining()))
+        return min(len(self.order), self.position + rounds * self._stride)
+
     def __len__(self) -> int:
         return self._rounds(len(self.order))
 
@@ -120,12 +125,13 @@ class DrawnSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, turn: Turn) -> tuple[Sample, str | None]:
+    def __getitem__(self, turn: Turn | int) -> tuple[Sample, str | None]:
         """Read a sample.
 
         Returns:
             The sample, and what was wrong with the one that it stands in for, None as a rule.
         """
+        turn = Turn(turn, 0) if isinstance(turn, int) else turn
         if self.on_error == "raise":
             return self._read(turn), None
         try:
@@ -175,7 +181,7 @@ def build_loader(
     return EpochLoader(
         DrawnSamples(dataset, on_error),
         batch_sampler=batches,
-        collate_fn=functools.partial(_collate, collate),
+        collate_fn=collate_drawn(collate),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -190,6 +196,11 @@ class EpochLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through."""
         self.batch_sampler.set_epoch(epoch)
+
+
+def collate_drawn(collate: Callable[[list[Sample]], Batch]) -> Callable[[list], dict[str, Any]]:
+    """Let samples that come with what was wrong be collated: the batch holds the texts as `SKIPPED`."""
+    return functools.partial(_collate, collate)
 
 
 def _collate(collate: Callable[[list[Sample]], Batch], read: list[tuple[Sample, str | None]]) -> dict[str, Any]:

@@ -126,6 +126,16 @@ class MicroBatcher:
             names = [rung.name for rung in self.rungs[: narrower.rungs]]
             self._go_on(narrower, "micro_batch_agreed", f"{reason}: {_describe(narrower.size, names)} here too.")
 
+    @property
+    def patience(self) -> dict[str, int | bool]:
+        """What decides when a larger size is tried again; kept in checkpoints, since another cut rounds otherwise."""
+        return {"clean_steps": self._clean_steps, "grow_after": self.grow_after, "is_trial": self._is_trial}
+
+    @patience.setter
+    def patience(self, saved: dict[str, int | bool]) -> None:
+        self._clean_steps, self.grow_after = saved["clean_steps"], saved["grow_after"]
+        self._is_trial = saved["is_trial"]
+
     def shrink(self) -> bool:
         """Go one size down, or one rung on; False when nothing is left to try."""
         self._back_off()
