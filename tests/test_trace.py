@@ -7,9 +7,9 @@ from tiny_plan import LLAMA, SHAPES, VGGT, tiny_recipe
 
 from hf_vla.memory.allocator import reserved_peak
 from hf_vla.memory.cuda_rules import FLOAT32, cuda_autocast
-from hf_vla.memory.ledger import PHASES
+from hf_vla.memory.ledger import PHASES, TELLING
 from hf_vla.memory.shapes import Shapes
-from hf_vla.memory.trace import trace, trace_any_batch
+from hf_vla.memory.trace import trace
 from hf_vla.recipe import make_recipe
 
 GB = 10**9
@@ -17,6 +17,8 @@ GB = 10**9
 BOTH_TRAIN = {"freeze_vggt": False, "freeze_lang_encoder": False}
 LORA = {"apply_to": ["lang_encoder"]}
 CHECKPOINTED = {"activation_checkpointing": True}
+FLOW = {"hidden_size": 64, "num_layers": 2, "type": "flow"}
+PREFIX = {"hidden_size": 64, "num_layers": 0, "type": "prefix"}
 
 
 def peaks(recipe, batch_size: int | None = None) -> dict[str, int]:
@@ -55,13 +57,26 @@ def test_one_micro_step_beside_warm_states_peaks_as_two_whole_steps_do(sections)
     assert [short.peak(phase)[0] for phase in PHASES[1:]] == [whole.peak(phase)[0] for phase in PHASES[1:]]
 
 
-def test_two_micro_batches_tell_a_third_exactly():
-    recipe = tiny_recipe(lora=LORA, training=CHECKPOINTED)
-    told, itself = trace_any_batch(recipe, SHAPES).at_batch(7), traced(recipe, 7)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": CHECKPOINTED},
+        pytest.param({"model": {"quantization": "nf4", "head": FLOW}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model": {"quantization": "int8", "head": {**FLOW, "type": "discrete"}}}, marks=pytest.mark.slow
+        ),
+        pytest.param({"lora": {"apply_to": ["vggt"]}, "model": {"fusion": PREFIX}}, marks=pytest.mark.slow),
+    ],
+    ids=["checkpointed", "nf4, flow", "int8, discrete", "LoRA on VGGT, prefix"],
+)
+def test_one_micro_batch_tells_every_other_exactly(sections):
+    recipe = tiny_recipe(**{"lora": LORA, **sections})
+    told, itself = traced(recipe, TELLING).at_batch(7), traced(recipe, 7)
     for phase in PHASES[1:]:
         assert told.ledger.peak(phase)[0] == itself.ledger.peak(phase)[0]
     assert reserved_peak(told.ledger) == reserved_peak(itself.ledger)
     assert told.work.flops_of() == pytest.approx(itself.work.flops_of())
+    assert told.work.traffic == pytest.approx(itself.work.traffic)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,7 @@ def test_autocast_goes_by_cudas_list_for_a_while():
 
 @pytest.mark.parametrize("head", ["l1", "flow"])
 def test_what_is_checkpointed_is_recomputed_by_the_rules_of_the_forward(head):
-    sections = {"model": {"head": {"hidden_size": 64, "num_layers": 2, "type": head}}, "lora": {"apply_to": ["vggt"]}}
+    sections = {"model": {"head": {**FLOW, "type": head}}, "lora": {"apply_to": ["vggt"]}}
     assert (
         peaks(tiny_recipe(**sections, training=CHECKPOINTED))["backward"] < peaks(tiny_recipe(**sections))["backward"]
     )

@@ -2,21 +2,23 @@
 
 Rungs: micro-batch against accumulation, activation checkpointing and its offload, optimizer states in 32 bits, 8 bits or
 paged, the optimizer inside backward, cached features of frozen backbones, sharding over the GPUs. What must be traced anew
-is traced at two micro-batches; the rest (micro-batch, states, sharding) is read off the ledgers.
+is traced, once; the rest (micro-batch, states, sharding) is read off the ledgers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.gpus import GPU, find_gpu
+from hf_vla.memory.ledger import TELLING
 from hf_vla.memory.planner import Plan, make_plan, plan_recipe, samples_per_second
 from hf_vla.memory.shapes import Shapes, read_shapes
 from hf_vla.memory.sizes import GIB, format_size
-from hf_vla.memory.trace import Trace, state_bytes, trace_any_batch
+from hf_vla.memory.trace import Trace, state_bytes, trace
 from hf_vla.memory.wishes import ALLOW, Wish, allowed_changes, recipe_of
 from hf_vla.recipe import Recipe, make_recipe
 
@@ -50,6 +52,15 @@ class Candidate:
     """What it does to fit."""
     changes: tuple[str, ...]
     """What differs from what was asked for, in the results; none unless allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What was asked for, or an allowed change of it."""
+
+    wish: Wish
+    changes: tuple[str, ...]
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def search(
     base = base or make_recipe({})
     shapes, facts = shapes or read_shapes(base), find_gpu(gpu) if gpu else find_gpu()
     _check_effective_batch(wish)
-    ways = [way for option in allowed_changes(wish) for way in _ways(*option, base, shapes, workers)]
+    ways = _ways(wish, base, shapes, workers)
     room = budget - facts.context_bytes - facts.cublas_bytes
     fitting = sorted(
         (way for way in ways if way.tensor_peak() <= room), key=lambda way: (-way.speed(facts), len(way.rungs))
@@ -110,17 +121,32 @@ def search(
     return found
 
 
-def _ways(wish: Wish, changes: tuple[str, ...], base: Recipe, shapes: Shapes, workers: int) -> Iterator[_Way]:
-    """Go through every rung of one wish."""
-    asked = recipe_of(wish, base)
-    structures = list(_structures(asked, wish))
-    recipes = [recipe for recipe, _ in structures]
+def _ways(wish: Wish, base: Recipe, shapes: Shapes, workers: int) -> list[_Way]:
+    """Go through every rung of a wish and of its allowed changes."""
+    asked = [_Asked(*option, recipe_of(option[0], base)) for option in allowed_changes(wish)]
+    structures = [(each, *structure) for each in asked for structure in _structures(each.recipe, each.wish)]
     with _mapper(workers) as mapped:
-        traces = mapped(trace_any_batch, recipes, [shapes] * len(recipes), ["step"] * len(recipes))
-        in_8_bits = mapped(state_bytes, [_with(asked, training={"optim": EIGHT_BIT})], [shapes])
-        rounded = next(iter(in_8_bits))
-        for (recipe, rungs), traced in zip(structures, traces, strict=True):
-            yield from _variants(recipe, traced, rounded, wish, rungs, changes)
+        traces = list(mapped(partial(_trace_step, shapes), [recipe for _, recipe, _ in structures]))
+        traced = [(*structure, trace) for structure, trace in zip(structures, traces, strict=True)]
+        large = list(dict.fromkeys(each for each, _, _, trace in traced if _is_worth_rounding(trace)))
+        rounded = dict(zip(large, mapped(partial(_rounded_states, shapes), large), strict=True))
+    return [
+        way
+        for each, recipe, rungs, trace in traced
+        for way in _variants(recipe, trace, rounded.get(each, 0), each.wish, rungs, each.changes)
+    ]
+
+
+def _trace_step(shapes: Shapes, recipe: Recipe) -> Trace:
+    return trace(recipe, shapes, TELLING, "step")
+
+
+def _rounded_states(shapes: Shapes, asked: _Asked) -> int:
+    return state_bytes(_with(asked.recipe, training={"optim": EIGHT_BIT}), shapes)
+
+
+def _is_worth_rounding(traced: Trace) -> bool:
+    return traced.ledger.held("optimizer") > WORTH_ROUNDING
 
 
 def _structures(asked: Recipe, wish: Wish) -> Iterator[tuple[Recipe, tuple[str, ...]]]:
@@ -155,7 +181,7 @@ def _variants(
     per_gpu = wish.effective_batch // wish.gpus
     in_backward = recipe.memory.optimizer_in_backward
     full = traced.ledger.held("optimizer")
-    for optimizer, words in OPTIMIZERS.items() if full > WORTH_ROUNDING else [(AS_IS, "")]:
+    for optimizer, words in OPTIMIZERS.items() if _is_worth_rounding(traced) else [(AS_IS, "")]:
         share = 1 if optimizer == AS_IS else rounded / full
         states = replace(traced, ledger=traced.ledger.with_states(share, paged=optimizer == PAGED))
         for sharding in (False, True) if wish.gpus > 1 and not in_backward else (False,):

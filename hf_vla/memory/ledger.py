@@ -1,8 +1,8 @@
 """The ledger of a traced run: every block of memory that came and went, and the questions one asks of it.
 
-A block's size is affine in the micro-batch, and the order of events doesn't depend on it. So the ledgers of two
-micro-batches give, event by event, the ledger of any other: `Ledger.at_batch` is exact, where a line through two peaks
-would not be (the peak of a larger batch may lie in another place).
+A block's size is either a multiple of the micro-batch or has nothing to do with it, and the order of events doesn't depend
+on it. So the ledger of one micro-batch, a large prime, gives that of any other, event by event: what the prime divides
+grows with it. `Ledger.at_batch` is exact, where a line through two peaks would not be (a larger batch may peak elsewhere).
 
 Letters: E events of the ledger.
 """
@@ -14,6 +14,10 @@ import numpy as np
 COMPONENTS = ("vggt", "language", "fusion", "head", "batch", "other")
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries", "host")
 PHASES = ("loading", "forward", "backward", "step", "evaluation", "saving")
+
+TELLING = 104_729
+"""A micro-batch that tells what grows with it. Tensors of any size are as quick to trace, having no memory; that this prime
+divides a size by chance happens to one in a hundred thousand."""
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds each block up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -33,8 +37,6 @@ class Ledger:
     """(E,) int: index into `PHASES`."""
     relabels: np.ndarray
     """(E,) bool: True where only the label of a block changes, not its memory."""
-    per_sample: np.ndarray | None = None
-    """(E,) int64: growth of `size` with each sample of the micro-batch; None before two ledgers are joined."""
     batch_size: int = 1
     """The micro-batch that `size` is for."""
 
@@ -42,14 +44,14 @@ class Ledger:
         """Give the ledger of another micro-batch.
 
         Raises:
-            ValueError: if this is a ledger of one micro-batch only.
+            ValueError: unless this is the ledger of `TELLING` samples.
         """
         if batch_size == self.batch_size:
             return self
-        if self.per_sample is None:
-            raise ValueError("A ledger of one micro-batch knows no other; `join` it with a second one.")
-        size = self.size + self.per_sample * (batch_size - self.batch_size)
-        return replace(self, size=size, batch_size=batch_size)
+        if self.batch_size != TELLING:
+            raise ValueError(f"A ledger of {self.batch_size} samples knows no other micro-batch; trace {TELLING}.")
+        per_sample, rest = np.divmod(self.size, TELLING)
+        return replace(self, size=np.where(rest, self.size, per_sample * batch_size), batch_size=batch_size)
 
     def sharded(self, gpus: int) -> "Ledger":
         """Divide weights, gradients and optimizer states over GPUs, as full sharding does."""
@@ -57,7 +59,7 @@ class Ledger:
             return self
         divisor = np.where(np.isin(self.slot % len(KINDS), [0, 1, 2]), gpus, 1)
         shares = -(-np.abs(self.size) // divisor) * np.sign(self.size)
-        return replace(self, size=shares, per_sample=None)
+        return replace(self, size=shares)
 
     def with_states(self, share: float, paged: bool) -> "Ledger":
         """Put an optimizer's states in place of another's: their size over the traced one's, and whether they are paged."""
@@ -125,20 +127,3 @@ def sort_frees(size: np.ndarray, block: np.ndarray, relabels: np.ndarray) -> np.
     goes = (size < 0) & ~relabels
     moment = np.cumsum(~goes | ~np.r_[False, goes[:-1]])
     return np.lexsort((np.where(goes, block, 0), moment))
-
-
-def join(small: Ledger, large: Ledger) -> Ledger:
-    """Join the ledgers of two micro-batches into one that knows every micro-batch.
-
-    Raises:
-        ValueError: if they don't hold the same events, so that nothing between or beyond them is known.
-    """
-    if not np.array_equal(small.slot, large.slot) or not np.array_equal(small.block, large.block):
-        raise ValueError(
-            f"Micro-batches {small.batch_size} and {large.batch_size} run through different events "
-            f"({len(small.slot)} and {len(large.slot)}): trace the micro-batch itself."
-        )
-    growth, rest = np.divmod(large.size - small.size, large.batch_size - small.batch_size)
-    if rest.any():
-        raise ValueError(f"{np.count_nonzero(rest)} blocks don't grow evenly with the micro-batch.")
-    return replace(small, per_sample=growth)

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.lora import count_parameters
 from hf_vla.memory.cuda_rules import cuda_autocast, offloading, workspace_bytes
-from hf_vla.memory.ledger import Ledger, join
+from hf_vla.memory.ledger import Ledger
 from hf_vla.memory.materialize import fake_tables, fill_with_fake
 from hf_vla.memory.rehearsal import Rehearsal
 from hf_vla.memory.shapes import Shapes
 from hf_vla.memory.tracker import MemoryTracker
-from hf_vla.memory.work import Work, join_work
+from hf_vla.memory.work import Work
 from hf_vla.model.configuration_vla import VLAConfig
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.recipe import Recipe
@@ -33,13 +33,11 @@ from hf_vla.recipe import Recipe
 Extent = Literal["step", "run", "two steps"]
 """The last micro-step and update beside warmed-up states and gradients; that, an evaluation batch and a checkpoint; or two
 whole steps of up to two micro-steps each, an evaluation batch and a checkpoint."""
-SMALL, LARGE = 2, 3
-"""Micro-batches that are traced to know all; 1 is left out, since torch takes short cuts for axes of length 1."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a recipe's run holds and does, at one micro-batch or, if joined, at any."""
+    """What a recipe's run holds and does, at one micro-batch or, if it is of `TELLING` samples, at any."""
 
     ledger: Ledger
     work: Work
@@ -51,15 +49,10 @@ class Trace:
     """Of all parameters."""
     largest_unit: int
     """Bytes of the largest layer, which full sharding gathers whole."""
-    large_work: Work | None = None
-    """The work of another micro-batch, so that any can be known."""
 
     def at_batch(self, batch_size: int) -> "Trace":
-        """Give the trace of another micro-batch; for those that `trace_any_batch` gives."""
-        if batch_size == self.ledger.batch_size:
-            return self
-        work = join_work(self.work, self.large_work, batch_size)
-        return replace(self, ledger=self.ledger.at_batch(batch_size), work=work)
+        """Give the trace of another micro-batch (of 2 and more exactly: torch takes short cuts for axes of length 1)."""
+        return replace(self, ledger=self.ledger.at_batch(batch_size), work=self.work.at_batch(batch_size))
 
 
 def trace(
@@ -74,7 +67,7 @@ def trace(
     Args:
         recipe: the run.
         shapes: what its data brings.
-        batch_size: the micro-batch; None takes the recipe's.
+        batch_size: the micro-batch; None takes the recipe's, `TELLING` one that tells all others.
         extent: how much is gone through; the peaks of a phase are the same in each.
         workspace: what an operation's kernel takes beside its results; CUDA's by default.
     """
@@ -106,12 +99,6 @@ def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
             Rehearsal(recipe, model, tracker).warm_up(accumulates=False)
     ledger = tracker.ledger()
     return ledger.held("optimizer") + ledger.held("host")
-
-
-def trace_any_batch(recipe: Recipe, shapes: Shapes, extent: Extent = "run") -> Trace:
-    """Trace two micro-batches and join them to a trace that knows every micro-batch (of 2 and more) exactly."""
-    small, large = (trace(recipe, shapes, size, extent) for size in (SMALL, LARGE))
-    return replace(small, ledger=join(small.ledger, large.ledger), large_work=large.work)
 
 
 def rehearse(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from hf_vla.memory.gpus import GPU
-from hf_vla.memory.ledger import COMPONENTS, PHASES
+from hf_vla.memory.ledger import COMPONENTS, PHASES, TELLING
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -28,6 +28,8 @@ class Work:
     """(K,) float: multiplications and additions."""
     traffic: np.ndarray
     """(K,) float: bytes read and written."""
+    fixed_traffic: np.ndarray
+    """(K,) float: those of tensors that don't grow with the micro-batch, in a trace of `TELLING` samples."""
     is_half: np.ndarray
     """(K,) bool: whether it computes in 16 bits, on tensor cores."""
     component: np.ndarray
@@ -35,6 +37,22 @@ class Work:
     phase: np.ndarray
     """(K,) int: index into `PHASES`."""
     batch_size: int = 1
+
+    def at_batch(self, batch_size: int) -> "Work":
+        """Give the work of another micro-batch.
+
+        Raises:
+            ValueError: unless this is the work of `TELLING` samples.
+        """
+        if batch_size == self.batch_size:
+            return self
+        if self.batch_size != TELLING:
+            raise ValueError(
+                f"The work on {self.batch_size} samples tells that on no other micro-batch; trace {TELLING}."
+            )
+        flops = np.where(self.flops % TELLING, self.flops, self.flops / TELLING * batch_size)
+        traffic = self.fixed_traffic + (self.traffic - self.fixed_traffic) / TELLING * batch_size
+        return replace(self, flops=flops, traffic=traffic, batch_size=batch_size)
 
     def flops_of(self, phases: tuple[str, ...] = ("forward", "backward")) -> dict[str, float]:
         """Sum the arithmetic by component over some phases."""
@@ -50,40 +68,31 @@ class Work:
         return float(np.maximum(bound, gpu.launch_seconds)[inside].sum())
 
 
-def join_work(small: Work, large: Work, batch_size: int) -> Work:
-    """Give the work of any micro-batch from that of two; kernel by kernel it is affine in the micro-batch."""
-    share = (batch_size - small.batch_size) / (large.batch_size - small.batch_size)
-    return replace(
-        small,
-        flops=small.flops + share * (large.flops - small.flops),
-        traffic=small.traffic + share * (large.traffic - small.traffic),
-        batch_size=batch_size,
-    )
-
-
 class WorkLog:
     """Counts operations as they are dispatched."""
 
     def __init__(self):
-        self._rows: list[tuple[float, int, bool, int, int]] = []
+        self._rows: list[tuple[float, int, int, bool, int, int]] = []
 
     def count(self, func, args: tuple, kwargs: dict, result, made: list[Tensor], component: str, phase: str) -> None:
         """Count one operation, unless it only gives a view or makes room."""
         if func.is_view or func in _FREE:
             return
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        traffic = sum(tensor.nbytes for tensor in (*read, *made))
+        moved = [tensor.nbytes for tensor in (*read, *made)]
+        fixed = sum(size for size in moved if size % TELLING)
         formula = _FLOPS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
         is_half = bool(read) and read[0].dtype in _HALF
-        self._rows.append((flops, traffic, is_half, COMPONENTS.index(component), PHASES.index(phase)))
+        self._rows.append((flops, sum(moved), fixed, is_half, COMPONENTS.index(component), PHASES.index(phase)))
 
     def result(self, batch_size: int = 1) -> Work:
         """Give what was counted so far."""
-        flops, traffic, is_half, component, phase = zip(*self._rows, strict=True)
+        flops, traffic, fixed, is_half, component, phase = zip(*self._rows, strict=True)
         return Work(
             np.array(flops, float),
             np.array(traffic, float),
+            np.array(fixed, float),
             np.array(is_half, bool),
             np.array(component, np.int8),
             np.array(phase, np.int8),
