@@ -137,6 +137,24 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(help="Folder or Hub id; LeRobot or RLDS.", metavar="DATASET")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("inspection.html"),
+    revision: Annotated[str | None, typer.Option(help="Of a Hub repo.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help="A dataset that is judged by; may be repeated.")] = None,
+) -> None:
+    """Look for what is wrong with a dataset, and write one HTML page; exit code 1: something spoils training."""
+    from hf_vla import inspection
+
+    recordings = inspection.inspect(dataset, output, revision, against or [])
+    for finding in recordings.findings:
+        typer.echo(f"{finding.level}: {finding.text}")
+    typer.echo(f"{output}: {len(recordings.findings)} findings.")
+    if any(finding.level == "error" for finding in recordings.findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def merge(run: Run, output: Annotated[Path | None, typer.Option(help="RUN/merged by default.")] = None) -> None:
     """Merge a run's adapters into its backbones: one model that opens with torch and transformers alone."""
     from hf_vla.merge import merge as merge_checkpoint

@@ -25,6 +25,8 @@ class RawEpisode:
     read_column: Callable[[str], Column] = field(repr=False)
     texts: dict[str, str] = field(default_factory=dict, repr=False)
     """Texts that hold for all of it, by path."""
+    whole: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Numbers that hold for all of it, by path."""
 
     def read(self, path: str) -> Column:
         """Read one column.

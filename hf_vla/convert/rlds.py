@@ -27,6 +27,8 @@ class Feature:
     shape: tuple[int, ...]
     is_bytes: bool
     """Whether a step is a byte string: a text, or an encoded picture."""
+    description: str = ""
+    """What the recorder said of it, if it is to be believed."""
 
 
 class RLDSSource:
@@ -110,7 +112,14 @@ def _walk(node: dict[str, Any], path: str) -> Iterator[tuple[str, Feature]]:
         shape = node.get(kind, {}).get("shape", {}).get("dimensions", [])
         encoded = kind == "tensor" and node["tensor"].get("encoding", "none") != "none"
         is_text = node.get(kind, {}).get("dtype") in ("string", "object")
-        yield path, Feature(tuple(int(size) for size in shape), kind in ("image", "text") or encoded or is_text)
+        yield (
+            path,
+            Feature(
+                tuple(int(size) for size in shape),
+                kind in ("image", "text") or encoded or is_text,
+                node.get("description", ""),
+            ),
+        )
 
 
 def read_episode(record: bytes, features: dict[str, Feature], name: str) -> RawEpisode:
@@ -123,7 +132,8 @@ def read_episode(record: bytes, features: dict[str, Feature], name: str) -> RawE
     steps = {path: values[_STEPS + path] for path in features if _STEPS + path in values}
     whole = {path: values[path] for path in features if isinstance(values.get(path), list)}
     texts = {path: value[0].decode(errors="replace") for path, value in whole.items() if value}
-    return RawEpisode(name, tuple(steps), partial(_column, steps, features), texts)
+    numbers = {p: values[p] for p in features if isinstance(values.get(p), np.ndarray)}
+    return RawEpisode(name, tuple(steps), partial(_column, steps, features), texts, numbers)
 
 
 def _column(steps: dict[str, Value], features: dict[str, Feature], path: str) -> Column:

@@ -60,6 +60,8 @@ class DatasetInfo:
     table: Dataset = field(repr=False)
     meta_stats: dict[str, dict[str, Any]] = field(repr=False)
     """`meta/stats.json` where it covers just the rows of `table`; else empty."""
+    repairs: tuple[str, ...] = field(default=(), repr=False)
+    """Where `meta/` and the rows contradict each other, and what is believed."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -127,6 +129,7 @@ def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo
         tasks=meta.tasks,
         table=table,
         meta_stats=meta.stats if is_whole else {},
+        repairs=tuple(repairs),
     )
     if repairs:
         logger.warning("%s: %s", info.name, "; ".join(repairs))

@@ -29,6 +29,15 @@ _KEYFRAME_EVERY = 2
 """Frames, in what is written: training reads single frames at random, and each read decodes from the keyframe before."""
 
 
+def said_rate(path: Path) -> Fraction | None:
+    """Give the frames a second that a video file says it has, which is often wrong; None where it can't be read."""
+    try:
+        with av.open(str(path)) as container:
+            return container.streams.video[0].average_rate
+    except (av.FFmpegError, IndexError):
+        return None
+
+
 class VideoFrames:
     """One camera of a dataset that is stored as video files."""
 

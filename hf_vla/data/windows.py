@@ -74,7 +74,7 @@ class WindowDataset(Dataset):
         self.actions = self._rows(ACTION).astype(np.float32)
         self.tasks = self._task_texts()
         cameras = {view.camera for view in self.views}
-        self._frames = {name: _open_frames(info, name, cache_bytes // len(cameras)) for name in cameras}
+        self._frames = {name: open_frames(info, name, cache_bytes // len(cameras)) for name in cameras}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -170,7 +170,8 @@ def _choose(info: DatasetInfo, indices: Sequence[int] | None) -> list[Episode]:
     return [by_index[index] for index in indices]
 
 
-def _open_frames(info: DatasetInfo, camera: str, cache_bytes: int) -> Frames:
+def open_frames(info: DatasetInfo, camera: str, cache_bytes: int) -> Frames:
+    """Open one camera, embedded or video, with memory for so many bytes of decoded pictures."""
     frames = _open_video(info, camera) if camera in info.episodes[0].videos else EmbeddedFrames(info, camera)
     return CachedFrames(frames, cache_bytes) if cache_bytes else frames
 

@@ -1,0 +1,51 @@
+"""From a dataset to its page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_vla.inspection.number_checks import check_overlap
+from hf_vla.inspection.page import write_page
+from hf_vla.inspection.recordings import Recordings, read_lerobot
+from hf_vla.inspection.rlds import read_rlds
+from hf_vla.sample import ACTION
+
+
+def inspect(
+    source: str | Path, output: str | Path, revision: str | None = None, against: Sequence[str | Path] = ()
+) -> Recordings:
+    """Look at a dataset, and write what was found as one HTML page.
+
+    Args:
+        source: folder or Hub id of a LeRobot dataset, or folder of an RLDS one.
+        output: the page.
+        revision: of a Hub repo.
+        against: LeRobot datasets that are judged by, whose episodes must not be in this one.
+
+    Returns:
+        What the page shows; its `findings` are sorted, the worst first.
+
+    Raises:
+        FileNotFoundError: where no dataset is there.
+    """
+    if is_rlds(Path(source)):
+        recordings = read_rlds(source)
+    else:
+        recordings = read_lerobot(source, revision)
+    for other in against:
+        recordings.add(_compare(recordings, other))
+    write_page(recordings, Path(output))
+    return recordings
+
+
+def is_rlds(folder: Path) -> bool:
+    """Tell an RLDS folder, or one above it, by its `features.json`."""
+    return (folder / "features.json").is_file() or any(folder.glob("*/features.json"))
+
+
+def _compare(recordings: Recordings, other: str | Path):
+    ours = [vector for vector in recordings.vectors if vector.key == ACTION]
+    theirs = [vector for vector in read_lerobot(other).vectors if vector.key == ACTION]
+    if not ours or not theirs:
+        raise ValueError(f"{other}: can't be compared with {recordings.name}: one of them couldn't be read.")
+    renamed = type(theirs[0])(str(other), theirs[0].names, theirs[0].values, theirs[0].episodes)
+    return [finding for finding in check_overlap(ours[0], [renamed]) if finding.kind == "overlap"]
