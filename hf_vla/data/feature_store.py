@@ -1,13 +1,15 @@
 """Rows of features on disk: safetensors shards that are written whole or not at all, and read through memory maps.
 
-A shard is an ordinary safetensors file: it travels, and anything opens it. Rows are read by their place in the file and
-not through the library, whose slices cost ten times as much a row (benchmarks/cached_vs_uncached.py).
+A shard is an ordinary safetensors file: it travels, anything opens it, and unlike Arrow it knows bfloat16 and 8 bits. How fast
+rows are read from either is measured in benchmarks/cached_vs_uncached.py.
 
 Letters: N rows of a store, n of a shard; a row has any shape, `...`.
 """
 
 import errno
 import json
+import math
+import mmap
 import os
 import struct
 import zlib
@@ -24,12 +26,8 @@ FEATURES, SCALES = "features", "scales"
 """Tensors of a shard: (n, ...) in the stored dtype, and for 8 bits (n, ..., 1) float32."""
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 """What a cache can be stored as."""
-_NUMPY = {
-    "F32": (np.float32, torch.float32),
-    "BF16": (np.uint16, torch.bfloat16),
-    "F8_E4M3": (np.uint8, STORED["float8"]),
-}
-"""A type of the file format: what numpy reads it as, having neither bfloat16 nor float8, and what it is."""
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+"""What the file format calls them."""
 
 
 class StoredShard(NamedTuple):
@@ -123,8 +121,9 @@ class FeatureStore:
     def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]):
         self._folder = folder
         self._files = [shard["file"] for shard in shards]
-        self._ends = np.cumsum([shard["rows"] for shard in shards])
-        self._open: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._sizes = [shard["rows"] for shard in shards]
+        self._ends = np.cumsum(self._sizes)
+        self._open: dict[int, MappedShard] = {}
         for shard in shards:
             check_size(folder / shard["file"], shard["bytes"])
 
@@ -132,45 +131,64 @@ class FeatureStore:
         return int(self._ends[-1])
 
     def __getitem__(self, row: int) -> Tensor:
-        """Read one row (...): a copy, in the dtype that it is stored in, or bfloat16 for 8 bits."""
+        """Give one row (...) in the dtype that it is stored in, or bfloat16 for 8 bits; it is read when it is used."""
         return self.rows(row, row + 1)[0]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Read rows that follow one another, (stop - start, ...)."""
+        """Give rows that follow one another, (stop - start, ...)."""
         parts = []
         while start < stop:
             shard = int(np.searchsorted(self._ends, start, side="right"))
-            end = min(stop, int(self._ends[shard]))
-            features, scales = self._mapped(shard)
-            piece = slice(start - int(self._ends[shard]), end - int(self._ends[shard]) or None)  # from the shard's end
-            parts.append(unpack(features[piece].clone(), None if scales is None else scales[piece]))
+            first, end = int(self._ends[shard]) - self._sizes[shard], min(stop, int(self._ends[shard]))
+            parts.append(self._mapped(shard).rows(start - first, end - first))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mapped(self, shard: int) -> tuple[Tensor, Tensor | None]:
+    def _mapped(self, shard: int) -> "MappedShard":
         if shard not in self._open:
-            tensors = map_tensors(self._folder / self._files[shard])
-            self._open[shard] = (tensors[FEATURES], tensors.get(SCALES))
+            self._open[shard] = MappedShard(self._folder / self._files[shard])
         return self._open[shard]
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of a safetensors file into memory: nothing is read until it is used.
+class MappedShard:
+    """One shard, mapped into memory: nothing is read until it is used.
+
+    Args:
+        path: of the file.
 
     Raises:
         ValueError: if it isn't such a file, or ends too early.
     """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {name: _map(path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, struct.error) as error:
-        raise damaged(path, str(error)) from None
+
+    def __init__(self, path: Path):
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that is writable
+            tensors = {name: self._tensor(8 + length, header[name]) for name in (FEATURES, SCALES) if name in header}
+            self._features, self._scales = tensors[FEATURES], tensors.get(SCALES)
+            self._first = 8 + length + header[FEATURES]["data_offsets"][0]
+        except (ValueError, KeyError, struct.error) as error:
+            raise damaged(path, str(error)) from None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Give some of its rows; the system is told that all of them will be needed, or it would read page by page."""
+        row = self._features[0].nbytes
+        begin = self._first + start * row
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, page, self._first + stop * row - page)
+        scales = None if self._scales is None else self._scales[start:stop]
+        return unpack(self._features[start:stop], scales)
+
+    def _tensor(self, begin: int, entry: dict[str, Any]) -> Tensor:
+        count, offset = math.prod(entry["shape"]), begin + entry["data_offsets"][0]
+        return torch.frombuffer(self._map, dtype=_TYPES[entry["dtype"]], count=count, offset=offset).view(
+            entry["shape"]
+        )
 
 
 def check_size(path: Path, expected: int) -> None:
@@ -190,10 +208,3 @@ def damaged(path: Path, reason: str) -> ValueError:
         f"{path}: this shard of a feature cache is damaged ({reason}). `hf-vla cache RECIPE` builds it again, and keeps the "
         "others."
     )
-
-
-def _map(path: Path, begin: int, entry: dict[str, Any]) -> Tensor:
-    numpy_type, torch_type = _NUMPY[entry["dtype"]]
-    offset = begin + entry["data_offsets"][0]
-    mapped = np.memmap(path, numpy_type, mode="c", offset=offset, shape=tuple(entry["shape"]))  # as torch wants it
-    return torch.from_numpy(mapped).view(torch_type)
