@@ -46,7 +46,7 @@ def show_search(
     Raises:
         ValueError: for an unknown change to allow, or no budget to search within.
         FileExistsError: if `output` is there already.
-        MemoryBudgetError: if nothing fits.
+        MemoryBudgetError: if nothing fits; the recipe of the smallest budget that works is written to `output` then.
     """
     unknown = set(allow) - set(ALLOW)
     if unknown:
@@ -64,7 +64,11 @@ def show_search(
     settled = find_budget(make_recipe({}), budget, wish.gpus)
     if settled is None:
         raise ValueError("There is no GPU here to tell what is free: give --budget, as 28GiB.")
-    found = search(wish, settled, gpu=gpu)
+    try:
+        found = search(wish, settled, gpu=gpu)
+    except MemoryBudgetError as error:
+        error.recipe.save(output)
+        raise MemoryBudgetError(f"{error} The recipe for it is written to {output}.", error.recipe) from None
     found[0].recipe.save(output)
     facts = [
         {"rungs": list(c.rungs), "changes": list(c.changes), "recipe": c.recipe.to_dict(), **c.plan.to_dict()}

@@ -17,6 +17,7 @@ from hf_vla.console import set_up_logging
 from hf_vla.hub import push_if_asked
 from hf_vla.lora import count_parameters
 from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.cap import keep_to_budget
 from hf_vla.memory.check import format_checks, refuse_on_failure
 from hf_vla.memory.monitor import MemoryMonitor
 from hf_vla.memory.planner import Plan, plan_recipe
@@ -41,9 +42,11 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     Raises:
         RecipeError: if the recipe can't be run here as it stands.
         FileExistsError: if the directory already holds a run.
+        MemoryBudgetError: if the budget is too small to begin with, or nothing is left to try.
     """
     resume = resume or (is_restarted() and (output / run.RECIPE).exists())
     check_processes(recipe)
+    keep_to_budget(recipe, PartialState().num_processes)
     run.check_directory(output, resume)
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():

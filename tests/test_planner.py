@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from tiny_plan import SHAPES, tiny_recipe
 
+from hf_vla import planning
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.gpus import GPUS, find_gpu, write_calibration
 from hf_vla.memory.ladder import search
@@ -146,9 +147,25 @@ def test_the_search_finds_what_fits_fastest_first(recipe):
 
 @pytest.mark.slow
 def test_an_impossible_budget_names_the_smallest_that_works(recipe):
-    with pytest.raises(MemoryBudgetError, match=r"smallest budget that works is \d+\.\d+ GiB") as error:
+    with pytest.raises(MemoryBudgetError, match=r"smallest budget that works is (\d+\.\d+ GiB)") as error:
         search(Wish(effective_batch=8), 100 * MIB, recipe, shapes=SHAPES, workers=1)
     assert "--allow quantize" in str(error.value)
+    smallest = error.value.recipe
+    assert f"works is {smallest.memory.budget} a GPU" in str(error.value)
+    plan = plan_recipe(smallest, shapes=SHAPES)
+    assert plan.effective_batch == 8
+    assert 0 <= plan.headroom < 0.01 * GIB
+
+
+def test_the_recipe_of_the_smallest_budget_is_written(recipe, tmp_path, monkeypatch):
+    def find_nothing(*args, **kwargs):
+        raise MemoryBudgetError("Nothing fits.", recipe)
+
+    monkeypatch.setattr(planning, "search", find_nothing)
+    output = tmp_path / "smallest.json"
+    with pytest.raises(MemoryBudgetError, match=r"written to .*smallest\.json"):
+        planning.show_search("language=lora", "1GiB", 1, None, None, 64, [], output)
+    assert load_recipe(output) == recipe
 
 
 def test_an_effective_batch_divides_over_the_gpus(recipe):

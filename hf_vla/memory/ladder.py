@@ -5,6 +5,7 @@ paged, the optimizer inside backward, cached features of frozen backbones, shard
 is traced, once; the rest (micro-batch, states, sharding) is read off the ledgers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ def search(
         workers: processes that trace.
 
     Raises:
-        MemoryBudgetError: if nothing fits; says the smallest budget that does, and how.
+        MemoryBudgetError: if nothing fits; says the smallest budget that does, and holds the recipe for it.
         ValueError: if the effective batch can't be divided over the GPUs.
     """
     base = base or make_recipe({})
@@ -116,8 +117,7 @@ def search(
     shortlist = [_plan(way, budget, facts, shapes) for way in _one_of_each(fitting)[:SHORTLIST]]
     found = _exact([c for c in shortlist if c.plan.fits], budget, facts, shapes)
     if not found:
-        leanest = sorted(ways, key=_Way.tensor_peak)[0]
-        raise MemoryBudgetError(_say_smallest(_plan(leanest, budget, facts, shapes), budget, wish))
+        raise _nothing_fits(min(ways, key=_Way.tensor_peak), budget, facts, shapes, wish)
     return found
 
 
@@ -232,15 +232,18 @@ def _check_effective_batch(wish: Wish) -> None:
         )
 
 
-def _say_smallest(leanest: Candidate, budget: int, wish: Wish) -> str:
-    plan = leanest.plan
+def _nothing_fits(leanest: _Way, budget: int, gpu: GPU, shapes: Shapes, wish: Wish) -> MemoryBudgetError:
+    """Say how far the leanest way is from the budget, traced for itself, and hand over its recipe."""
+    plan = plan_recipe(leanest.recipe, budget, gpu=gpu.name, shapes=shapes)
+    smallest = f"{math.ceil(100 * plan.total / GIB) / 100:.2f} GiB"
     rungs = ", ".join(leanest.rungs) or "no rung at all"
     unused = [name for name in ALLOW if name not in wish.allow]
     hint = f" Changes of the results, if allowed, may help: --allow {','.join(unused)}." if unused else ""
-    return (
-        f"Nothing fits {format_size(budget)}. The smallest budget that works is {format_size(plan.total)} a GPU: "
+    text = (
+        f"Nothing fits {format_size(budget)}. The smallest budget that works is {smallest} a GPU: "
         f"micro-batch {plan.batch_size} x accumulation {plan.accumulation} with {rungs}.{hint}"
     )
+    return MemoryBudgetError(text, _with(leanest.recipe, memory={"budget": smallest}))
 
 
 class _mapper:

@@ -127,6 +127,18 @@ class Augmentation:
 
 
 @_strict
+class Mixed:
+    """One dataset of a mixture."""
+
+    dataset: str
+    revision: str | None = None
+    weight: float | None = None
+    """Share of the draws, relative to the other weights; given for all datasets, or for none: all samples count alike."""
+    views: list[View] | None = None
+    """Its cameras in the order of the others' views; None takes `data.views`, or its first two cameras."""
+
+
+@_strict
 class Data:
     """Which demonstrations, and how samples are cut from them."""
 
@@ -151,6 +163,12 @@ class Data:
     eval_fraction: float = 0.1
     """Share of episodes held out, chosen by `training.seed`; at least one where it is above 0."""
     num_workers: int = 2
+    streaming: bool = False
+    """Read episode by episode, from the folder or the Hub, without ever having the whole on disk or in memory."""
+    shuffle_episodes: int = 8
+    """Where streamed: episodes that each worker mixes at a time and keeps in memory."""
+    mixture: list[Mixed] = field(default_factory=list)
+    """Several datasets in place of `dataset`."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a sample that can't be read does: end the run with an error that names it, or be left out and counted."""
     picture_cache_bytes: int = 0
@@ -162,7 +180,8 @@ class Memory:
     """The promise: what the run may use, and what it does when that is not enough."""
 
     budget: str | None = None
-    """Bytes that the run may use on one GPU, as "28GiB"; None takes what is free, less 10 %."""
+    """Bytes that the run may use on one GPU, as "28GiB": training keeps to them even where more is free. None plans for what
+    is free, less 10 %, and leaves the run uncapped."""
     gpus: int | None = None
     """Processes, one a GPU, that the recipe is for; training refuses any other number. None takes what is launched."""
     optimizer_in_backward: bool = False
