@@ -231,7 +231,9 @@ def test_a_missing_episode_in_the_middle_is_found(tmp_path):
     root = lerobot_folders.write_v2(tmp_path / "toy")
     (root / "data/chunk-000/episode_000001.parquet").unlink()
     found = {finding.kind: finding for finding in inspect(root, tmp_path / "page.html").findings}
-    assert found["partial"].level == "warning" and found["partial"].text.startswith("Repaired on opening: 3 of the 4 episodes")
+    assert found["partial"].level == "warning" and found["partial"].text.startswith(
+        "Repaired on opening: 3 of the 4 episodes"
+    )
 
 
 def test_episodes_that_are_judged_by_must_not_be_trained_on(good, tmp_path):

@@ -1,10 +1,20 @@
 """Statistics in one pass, against numpy's over all rows."""
 
-import numpy as np
-import pytest
+import importlib.util
+import json
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hf_vla.data.lerobot_format import STAT_NAMES, open_dataset
 from hf_vla.data.lerobot_stats import vector_stats
 from hf_vla.data.running_stats import RunningStats
+from tests import lerobot_folders
 
 
 def gather(values, piece, **settings):
@@ -53,3 +63,59 @@ def test_merged_is_as_counted_together():
 def test_nothing_counted_is_an_error():
     with pytest.raises(ValueError, match="at least one row"):
         RunningStats(2).stats()
+
+
+def script():
+    path = Path(__file__).parent.parent / "data_scripts/compute_stats.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(script().main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("write", [lerobot_folders.write_v2, lerobot_folders.write_v3])
+def test_the_script_writes_what_a_dataset_lacks(tmp_path, write):
+    root = write(tmp_path / "toy")
+    assert not open_dataset(root).meta_stats
+    done = run(root)
+    assert done.exit_code == 0, done.output
+    info = open_dataset(root)
+    expected = vector_stats(np.stack(info.table.data.column("action").to_numpy()))
+    for name in STAT_NAMES:
+        assert np.allclose(info.meta_stats["action"][name], expected[name]), name
+    assert info.meta_stats["action"]["count"] == [sum(lerobot_folders.LENGTHS)]
+
+
+def test_statistics_of_pictures_are_kept_and_several_sets_go_together(tmp_path):
+    first = lerobot_folders.write_v3(tmp_path / "a", stats={"observation.images.front": {"mean": [0.5]}})
+    second = lerobot_folders.write_v3(tmp_path / "b", lengths=(3, 4, 2))
+    done = run(first, second, "--merged", tmp_path / "all.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((first / "meta/stats.json").read_text())["observation.images.front"] == {"mean": [0.5]}
+    together = json.loads((tmp_path / "all.json").read_text())["action"]
+    rows = [np.stack(open_dataset(root).table.data.column("action").to_numpy()) for root in (first, second)]
+    for name, value in vector_stats(np.concatenate(rows)).items():
+        assert np.allclose(together[name], value), name
+
+
+def test_the_script_names_what_it_cannot_read(tmp_path):
+    root = lerobot_folders.write_v3(tmp_path / "toy")
+    file = root / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(file)
+    bad = [[np.nan, 0, 0], *table["action"].to_pylist()[1:]]
+    place = table.schema.get_field_index("action")
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(bad, table.schema.field(place).type)), file
+    )
+    done = run(root)
+    assert done.exit_code == 1 and "file-001.parquet: action of episode 2" in done.output
+    file.write_bytes(file.read_bytes()[:200])
+    done = run(root)
+    assert done.exit_code == 1 and "file-001.parquet: can't be read as parquet" in done.output
+    assert not (root / "meta/stats.json").exists()

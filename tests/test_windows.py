@@ -210,3 +210,16 @@ def test_real_av1_frames_are_those_that_decoding_in_order_gives():
         assert (now == frames[i]).all(), i
         assert (goal == frames[-1]).all()
     assert (pickle.loads(pickle.dumps(dataset))[150].images[0] == frames[150]).all()
+
+
+def test_an_episode_of_another_rate_is_named_with_its_file(tmp_path):
+    root = write_v3(tmp_path / "toy")
+    file = root / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(file)
+    seconds = table["timestamp"].to_numpy() * np.where(table["episode_index"].to_numpy() == 3, 2, 1)
+    place = table.schema.get_field_index("timestamp")
+    pq.write_table(table.set_column(place, "timestamp", pa.array(seconds, pa.float32())), file)
+    info = open_dataset(root)
+    with pytest.raises(ValueError, match=r"file-001\.parquet: episode 3 has 5 frames a second .* the dataset has 10"):
+        WindowDataset(info, [view("front")], 4)
+    assert len(WindowDataset(info, [view("front")], 4, [0, 1, 2])) == sum(LENGTHS[:3])

@@ -16,11 +16,13 @@ from datasets import Dataset
 
 from hf_vla.data import columns
 from hf_vla.data.lerobot_meta import DescribedEpisode, Meta, VideoSpan, read_meta
-from hf_vla.data.lerobot_stats import vector_stats
+from hf_vla.data.running_stats import RunningStats
 from hf_vla.data.source import find_root
 from hf_vla.sample import ACTION, STATE
 
 STAT_NAMES = ("mean", "std", "min", "max", "q01", "q99")
+
+_ROWS_AT_ONCE = 65_536
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +97,15 @@ class DatasetInfo:
         stats = self.meta_stats.get(key, {})
         if any(np.size(stats.get(name, ())) != len(self.names[key]) for name in STAT_NAMES):
             logger.info("%s: computing the stats of %s from %d rows.", self.name, key, len(self.table))
-            stats = vector_stats(columns.matrix(self.table, key))
+            stats = self._count(key)
         return {name: np.ravel(stats[name]).astype(np.float32) for name in STAT_NAMES}
+
+    def _count(self, key: str) -> dict[str, list]:
+        """Compute statistics in one pass; more than 16,384 rows cost quantiles up to 0.06 % of rank."""
+        counted = RunningStats(len(self.names[key]))
+        for start in range(0, len(self.table), _ROWS_AT_ONCE):
+            counted.add(columns.matrix(self.table, key, start, _ROWS_AT_ONCE))
+        return counted.stats()
 
 
 def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo:

@@ -3,7 +3,12 @@
 Letters: N rows seen, D dimensions, K rows of one buffer.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hf_vla.data.lerobot_stats import QUANTILES
 
@@ -64,6 +69,11 @@ class RunningStats:
             self._waiting.append(rows)
 
     @property
+    def dimensions(self) -> int:
+        """Count the dimensions D."""
+        return len(self._mean)
+
+    @property
     def rank_error(self) -> float:
         """Bound the error of a quantile's rank, as a share of the rows; 0 where it is exact."""
         heaviest = max((2**level for level, rows in enumerate(self._levels) if rows is not None), default=1)
@@ -120,3 +130,41 @@ class RunningStats:
             values[order[np.minimum(place, len(values) - 1), columns], columns] for place in map(np.array, places)
         ]
         return dict(zip(QUANTILES, found, strict=True))
+
+
+def stats_of_files(files: Iterable[Path]) -> dict[str, RunningStats]:
+    """Count every column of numbers, or of lists of numbers, in parquet files: a row group at a time, each row once.
+
+    Raises:
+        ValueError: names the file that can't be read, and the column and row of what isn't a finite number.
+    """
+    counted: dict[str, RunningStats] = {}
+    for file in files:
+        try:
+            source = pq.ParquetFile(file)
+            keys = [field.name for field in source.schema_arrow if _is_numbers(field.type)]
+            for group in range(source.num_row_groups):
+                _count(file, source.read_row_group(group, columns=keys), counted)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file}: can't be read as parquet ({error}). Fetch or record it again.") from None
+    return counted
+
+
+def _count(file: Path, rows: pa.Table, counted: dict[str, RunningStats]) -> None:
+    for key in rows.column_names:
+        values = np.stack(rows[key].to_numpy()).reshape(len(rows), -1)
+        bad = ~np.isfinite(values).all(1)
+        if bad.any():
+            row = int(bad.argmax())
+            episode = rows["episode_index"][row].as_py() if "episode_index" in rows.column_names else "?"
+            raise ValueError(
+                f"{file}: {key} of episode {episode} has values that aren't finite, first in row {row} of its group. Repair "
+                "the episode, or leave it out."
+            )
+        counted.setdefault(key, RunningStats(values.shape[1])).add(values)
+
+
+def _is_numbers(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _is_numbers(kind.value_type)
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)

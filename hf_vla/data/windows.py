@@ -16,6 +16,10 @@ from hf_vla.data.lerobot_format import DatasetInfo, Episode
 from hf_vla.sample import ACTION, STATE, Sample
 
 
+_RATE_TOLERANCE = 0.01
+"""Share by which an episode's rate may differ: timestamps are rounded."""
+
+
 class ViewLike(Protocol):
     """One image of the pair, as `hf_vla.recipe.View` has it."""
 
@@ -53,7 +57,8 @@ class WindowDataset(Dataset):
         tasks: the instruction of every sample.
 
     Raises:
-        ValueError: for an unknown camera or episode, an offset into the future, or numbers that aren't finite.
+        ValueError: for an unknown camera or episode, an offset into the future, numbers that aren't finite, or an episode of
+            another rate.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class WindowDataset(Dataset):
         self.episodes = _choose(info, episodes)
         self._ends = np.cumsum([episode.length for episode in self.episodes])
         self._starts = self._ends - [episode.length for episode in self.episodes]
+        self._check_rates()
         self.states = self._rows(STATE).astype(np.float32)
         self.actions = self._rows(ACTION).astype(np.float32)
         self.tasks = self._task_texts()
@@ -127,6 +133,19 @@ class WindowDataset(Dataset):
                     f"first at frame {int(np.argmin(np.isfinite(part).all(1)))}. Repair the episode, or leave it out."
                 )
         return np.concatenate(parts)
+
+    def _check_rates(self) -> None:
+        """Refuse episodes of another rate than the dataset's: a chunk of actions would take another time there."""
+        if "timestamp" not in self.info.table.column_names:
+            return
+        for episode in self.episodes:
+            seconds = columns.matrix(self.info.table, "timestamp", episode.first_row, episode.length)[:, 0]
+            step = float(np.median(np.diff(seconds))) if episode.length > 1 else 0.0
+            if step > 0 and abs(step * self.info.fps - 1) > _RATE_TOLERANCE:
+                raise ValueError(
+                    f"{self.info.root / episode.file}: episode {episode.index} has {1 / step:.4g} frames a second by its "
+                    f"timestamps, where the dataset has {self.info.fps:.4g}. Leave it out, or record it at that rate."
+                )
 
     def _task_texts(self) -> list[str]:
         if "task_index" not in self.info.table.column_names:
