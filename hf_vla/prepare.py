@@ -7,7 +7,7 @@ from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching import find_caches, fit_views, read_from_caches
 from hf_vla.data.augmentation import AugmentedDataset, varies
 from hf_vla.data.collator import VLACollator
-from hf_vla.data.mixture import build_datasets, mean_pictures
+from hf_vla.data.mixture import build_datasets, mean_pictures, order_of
 from hf_vla.data.windows import WindowDataset
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
@@ -23,6 +23,7 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     train_data, eval_data = build_datasets(
         recipe.data, recipe.model.chunk_size, arguments.seed, recipe.data.picture_cache_bytes
     )
+    order = order_of(train_data, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
     means = mean_pictures(train_data, partial(fit_views, recipe))
     caches = find_caches(recipe, train_data, means)
@@ -40,6 +41,7 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
         processor=processor,
         model=model,
         args=arguments,
+        order=order,
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=VLACollator(processor),

@@ -159,7 +159,7 @@ def test_each_failure_of_the_hub_says_what_to_do(monkeypatch, error, advice):
 def test_a_hub_repo_is_fetched_at_its_revision_and_keeps_its_name(tmp_path, monkeypatch):
     root, asked = write_v3(tmp_path / "snapshot"), {}
 
-    def fetch(repo_id, repo_type, revision):
+    def fetch(repo_id, repo_type, revision, allow_patterns):
         asked.update(repo_id=repo_id, repo_type=repo_type, revision=revision)
         return str(root)
 

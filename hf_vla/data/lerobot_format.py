@@ -17,7 +17,7 @@ from datasets import Dataset
 from hf_vla.data import columns
 from hf_vla.data.lerobot_meta import DescribedEpisode, Meta, VideoSpan, read_meta
 from hf_vla.data.running_stats import RunningStats
-from hf_vla.data.source import find_root
+from hf_vla.data.source import find_root, list_files
 from hf_vla.sample import ACTION, STATE
 
 STAT_NAMES = ("mean", "std", "min", "max", "q01", "q99")
@@ -122,7 +122,7 @@ def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo
     root = find_root(source, revision)
     meta = read_meta(root)
     repairs: list[str] = []
-    described = _on_disk(root, meta, repairs)
+    described = episodes_on_disk(root, meta, list_files(root), repairs)
     table = columns.open_table([root / file for file in sorted({episode.file for episode in described})])
     episodes = _locate(root, described, table, repairs)
     is_whole = len(episodes) == len(meta.episodes)
@@ -130,10 +130,10 @@ def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo
         name=root.resolve().name if Path(source).expanduser() == root else str(source),
         root=root,
         version=meta.version,
-        fps=_fps(meta, table, episodes[0], repairs),
+        fps=true_fps(meta, table, episodes[0], repairs),
         features=meta.features,
-        camera_keys=_camera_keys(meta, table, episodes[0], repairs),
-        names={key: _names(root, meta, table, key, repairs) for key in (STATE, ACTION)},
+        camera_keys=present_cameras(meta, table, episodes[0], repairs),
+        names={key: dimension_names(root, meta, table, key, repairs) for key in (STATE, ACTION)},
         episodes=episodes,
         tasks=meta.tasks,
         table=table,
@@ -145,11 +145,8 @@ def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo
     return info
 
 
-def _on_disk(root: Path, meta: Meta, repairs: list[str]) -> list[DescribedEpisode]:
+def episodes_on_disk(root: Path, meta: Meta, files: set[str], repairs: list[str]) -> list[DescribedEpisode]:
     """Keep the episodes whose files are there: part of a dataset is a dataset."""
-    files = {
-        path.relative_to(root).as_posix() for folder in ("data", "videos") for path in (root / folder).rglob("*.*")
-    }
     cameras = {name for episode in meta.episodes for name, span in episode.videos.items() if span.file in files}
     wanted = [
         replace(episode, videos={name: span for name, span in episode.videos.items() if name in cameras})
@@ -171,7 +168,7 @@ def _on_disk(root: Path, meta: Meta, repairs: list[str]) -> list[DescribedEpisod
 def _locate(root: Path, described: list[DescribedEpisode], table: Dataset, repairs: list[str]) -> tuple[Episode, ...]:
     """Find each episode's rows by the column `episode_index`, or by the lengths in `meta/` where that column is missing."""
     if "episode_index" in table.column_names:
-        spans = _spans_by_column(root, table)
+        spans = spans_by_column(root, table)
     else:
         repairs.append("the column episode_index is missing; episodes are cut by the lengths in meta/")
         spans = _spans_by_length(root, described)
@@ -189,7 +186,8 @@ def _locate(root: Path, described: list[DescribedEpisode], table: Dataset, repai
     return tuple(Episode(e.index, spans[e.index][1], e.tasks, e.file, spans[e.index][0], e.videos) for e in found)
 
 
-def _spans_by_column(root: Path, table: Dataset) -> dict[int, tuple[int, int]]:
+def spans_by_column(root: Path, table: Dataset) -> dict[int, tuple[int, int]]:
+    """Find the first row and the length of each episode, by index."""
     indices = columns.matrix(table, "episode_index")[:, 0]
     starts = np.flatnonzero(np.diff(indices, prepend=indices[:1] - 1))
     lengths = np.diff(starts, append=len(indices))
@@ -218,7 +216,7 @@ def _spans_by_length(root: Path, described: list[DescribedEpisode]) -> dict[int,
     return spans
 
 
-def _fps(meta: Meta, table: Dataset, episode: Episode, repairs: list[str]) -> float:
+def true_fps(meta: Meta, table: Dataset, episode: Episode, repairs: list[str]) -> float:
     """Trust the timestamps where they contradict `meta/info.json`."""
     if "timestamp" not in table.column_names or episode.length < 2:
         return meta.fps
@@ -229,7 +227,7 @@ def _fps(meta: Meta, table: Dataset, episode: Episode, repairs: list[str]) -> fl
     return 1 / step
 
 
-def _camera_keys(meta: Meta, table: Dataset, episode: Episode, repairs: list[str]) -> dict[str, str]:
+def present_cameras(meta: Meta, table: Dataset, episode: Episode, repairs: list[str]) -> dict[str, str]:
     """Keep the cameras that have a column or a video; what `features` says of them can be wrong."""
     there = {
         name: key for name, key in meta.camera_keys.items() if key in table.column_names or name in episode.videos
@@ -240,7 +238,7 @@ def _camera_keys(meta: Meta, table: Dataset, episode: Episode, repairs: list[str
     return there
 
 
-def _names(root: Path, meta: Meta, table: Dataset, key: str, repairs: list[str]) -> list[str]:
+def dimension_names(root: Path, meta: Meta, table: Dataset, key: str, repairs: list[str]) -> list[str]:
     """Name each dimension that the rows have, by `features` where its names fit."""
     if key not in table.column_names:
         raise ValueError(

@@ -3,12 +3,18 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from hf_vla.data.lerobot_format import DatasetInfo, Episode, open_dataset
+from hf_vla.data.mixed import MixedDataset
+from hf_vla.data.order import Order
+from hf_vla.data.streaming import StreamedDataset, open_stream
 from hf_vla.data.windows import ViewLike, WindowDataset
+
+Samples = WindowDataset | StreamedDataset | MixedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +26,11 @@ class CameraView(NamedTuple):
     offset: int | Literal["goal"] = 0
 
 
-def build_datasets(
-    data: Any, chunk_size: int, seed: int, cache_bytes: int = 0
-) -> tuple[WindowDataset, WindowDataset | None]:
+def build_datasets(data: Any, chunk_size: int, seed: int, cache_bytes: int = 0) -> tuple[Samples, Samples | None]:
     """Open what a recipe's data section names, and hold episodes out of it.
 
     Args:
-        data: `hf_vla.recipe.Data`: `dataset`, `revision`, `views` and `eval_fraction` are read.
+        data: `hf_vla.recipe.Data`: which datasets, `views`, `eval_fraction` and whether to stream are read.
         chunk_size: actions of a sample, T.
         seed: chooses the episodes held out.
         cache_bytes: memory for decoded training pictures, in each process that reads; 0 decodes each anew.
@@ -38,18 +42,40 @@ def build_datasets(
         FileNotFoundError: for a dataset that isn't there.
         ValueError: for one that can't be read, or views that it doesn't have.
     """
+    if data.mixture:
+        pairs = [
+            _build_pair(data, mixed, chunk_size, seed, cache_bytes // len(data.mixture)) for mixed in data.mixture
+        ]
+        held_out = [pair[1] for pair in pairs if pair[1] is not None]
+        weights = [mixed.weight for mixed in data.mixture]
+        train = MixedDataset([pair[0] for pair in pairs], weights)
+        return train, MixedDataset(held_out, [None] * len(held_out)) if held_out else None
     if data.dataset is None:
         raise ValueError(
             "data.dataset isn't set: give the folder or Hub id of a LeRobot dataset, or record one with "
             "data_scripts/record_metaworld.py."
         )
-    info = open_dataset(data.dataset, data.revision)
-    views = _views(data.views, info)
+    return _build_pair(data, data, chunk_size, seed, cache_bytes)
+
+
+def _build_pair(
+    data: Any, source: Any, chunk_size: int, seed: int, cache_bytes: int
+) -> tuple[WindowDataset | StreamedDataset, WindowDataset | StreamedDataset | None]:
+    info = (open_stream if data.streaming else open_dataset)(source.dataset, source.revision)
+    views = _views(source.views or data.views, info)
     train, held_out = split_episodes(info.episodes, data.eval_fraction, seed)
     if data.eval_fraction > 0 and not held_out:
         logger.warning("%s: nothing is held out, since it has one episode.", info.name)
+    if data.streaming:
+        build = partial(StreamedDataset, info, views, chunk_size, kept_episodes=data.shuffle_episodes)
+        return build(train), build(held_out) if held_out else None
     eval_dataset = WindowDataset(info, views, chunk_size, held_out) if held_out else None
     return WindowDataset(info, views, chunk_size, train, cache_bytes), eval_dataset
+
+
+def order_of(dataset: Samples, seed: int) -> Order:
+    """Give the order in which a training goes through a dataset."""
+    return Order(dataset.parts if isinstance(dataset, MixedDataset) else (dataset.part,), seed)
 
 
 def split_episodes(episodes: tuple[Episode, ...], fraction: float, seed: int) -> tuple[list[int], list[int]]:

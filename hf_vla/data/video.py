@@ -13,6 +13,7 @@ import numpy as np
 
 from hf_vla.data import columns
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
+from hf_vla.data.source import HubPath
 
 _OPEN_FILES = 8
 """Decoders kept open by one camera of one process; each holds a few MB."""
@@ -82,9 +83,9 @@ class VideoFrames:
 class _Reader:
     """One open video file and the frame that it stands at."""
 
-    def __init__(self, path: Path, step: float):
+    def __init__(self, path: Path | HubPath, step: float):
         self._step = step
-        self._container = av.open(str(path))
+        self._container = av.open(str(path) if isinstance(path, Path) else path.open())
         self._stream = self._container.streams.video[0]
         # One thread: with more, dav1d and h264 hold frames back, which costs 7 ms a random frame instead of 4.
         self._stream.codec_context.thread_count = 1

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from hf_vla.data import columns
 from hf_vla.data.frames import CachedFrames, EmbeddedFrames, Frames
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
+from hf_vla.data.order import Part
 from hf_vla.sample import ACTION, STATE, Sample
-
 
 _RATE_TOLERANCE = 0.01
 """Share by which an episode's rate may differ: timestamps are rounded."""
@@ -70,9 +70,9 @@ class WindowDataset(Dataset):
         cache_bytes: int = 0,
     ):
         self.info = info
-        self.views = [_check_view(view, info) for view in views]
+        self.views = [check_view(view, info) for view in views]
         self.chunk_size = chunk_size
-        self.episodes = _choose(info, episodes)
+        self.episodes = choose_episodes(info, episodes)
         self._ends = np.cumsum([episode.length for episode in self.episodes])
         self._starts = self._ends - [episode.length for episode in self.episodes]
         self._check_rates()
@@ -81,6 +81,11 @@ class WindowDataset(Dataset):
         self.tasks = self._task_texts()
         cameras = {view.camera for view in self.views}
         self._frames = {name: open_frames(info, name, cache_bytes // len(cameras)) for name in cameras}
+
+    @property
+    def part(self) -> Part:
+        """Say how its order is made: all samples are shuffled alike."""
+        return Part(tuple(episode.length for episode in self.episodes))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -161,7 +166,8 @@ class WindowDataset(Dataset):
         return [self.info.tasks[index] for index in indices]
 
 
-def _check_view(view: ViewLike, info: DatasetInfo) -> ViewLike:
+def check_view(view: ViewLike, info: DatasetInfo) -> ViewLike:
+    """Refuse a view of a camera that isn't there, or of the future."""
     if view.camera not in info.cameras:
         near = difflib.get_close_matches(view.camera, info.cameras, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -176,7 +182,12 @@ def _check_view(view: ViewLike, info: DatasetInfo) -> ViewLike:
     return view
 
 
-def _choose(info: DatasetInfo, indices: Sequence[int] | None) -> list[Episode]:
+def choose_episodes(info: DatasetInfo, indices: Sequence[int] | None) -> list[Episode]:
+    """Take the episodes of these indices, in their order; None takes all.
+
+    Raises:
+        ValueError: for one that isn't there, or none at all.
+    """
     if indices is None:
         return list(info.episodes)
     by_index = {episode.index: episode for episode in info.episodes}

@@ -18,6 +18,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_outputs(recipe)
     _check_hub(recipe)
     _check_augmentation(recipe)
+    _check_data(recipe)
 
 
 def _check_geometry(recipe: Recipe) -> None:
@@ -87,6 +88,24 @@ def _check_outputs(recipe: Recipe) -> None:
         raise RecipeError(
             "model.outputs is 'geometry', which shows what trained camera and depth heads see, but model.vggt holds config "
             "keys, so its weights are random: name trained weights such as facebook/VGGT-1B, or set outputs to 'actions'."
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Refuse two answers to which dataset, and what a cache can't be made of."""
+    data = recipe.data
+    weights = [mixed.weight for mixed in data.mixture]
+    if data.mixture and data.dataset is not None:
+        raise RecipeError("data.dataset and data.mixture both name datasets: put the one into the other.")
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        raise RecipeError(f"data.mixture: give a weight to each of the {len(weights)} datasets, or to none.")
+    if any(weight is not None and weight <= 0 for weight in weights):
+        raise RecipeError(f"data.mixture: weights must be above 0; they are {weights}.")
+    if data.shuffle_episodes < 1:
+        raise RecipeError(f"data.shuffle_episodes is {data.shuffle_episodes}; it must be at least 1.")
+    if recipe.memory.cache and (data.mixture or data.streaming):
+        raise RecipeError(
+            "memory.cache needs one dataset that lies here: set data.streaming false and data.dataset, or leave it empty."
         )
 
 

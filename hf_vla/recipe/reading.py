@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from hf_vla.recipe.consistency import check_consistency
-from hf_vla.recipe.sections import TRAINING_DEFAULTS, Recipe, RecipeError, View
+from hf_vla.recipe.sections import TRAINING_DEFAULTS, Mixed, Recipe, RecipeError, View
 
 _ELSEWHERE = {
     "per_device_train_batch_size": "data.batch_size",
@@ -68,13 +68,22 @@ def make_recipe(raw: dict[str, Any]) -> Recipe:
 def _read_section(name: str, values: dict[str, Any]) -> Any:
     if name == "training":
         return _read_training(values)
-    if name == "data" and isinstance(values.get("views"), list):
-        values = {**values, "views": [{"camera": v} if isinstance(v, str) else v for v in values["views"]]}
+    if name == "data":
+        values = _spell_out_views(values)
+        if isinstance(values.get("mixture"), list):
+            values["mixture"] = [_spell_out_views(m) if isinstance(m, dict) else m for m in values["mixture"]]
     try:
         # pydantic's JSON mode: types are strict, but an object may stand for a section within the section.
         return TypeAdapter(_SECTIONS[name]).validate_json(json.dumps(values))
     except ValidationError as error:
         raise RecipeError(_explain(error.errors()[0], name)) from None
+
+
+def _spell_out_views(values: dict[str, Any]) -> dict[str, Any]:
+    """Let a camera's name stand for a view."""
+    if not isinstance(values.get("views"), list):
+        return dict(values)
+    return {**values, "views": [{"camera": v} if isinstance(v, str) else v for v in values["views"]]}
 
 
 def _read_training(values: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def _keys_at(section: str, path: list[str]) -> list[str]:
     cls = _SECTIONS[section]
     for name in path:
         fields = {f.name: f.type for f in dataclasses.fields(cls)}
-        cls = View if name == "views" else fields.get(name, cls)
+        cls = _ITEMS.get(name) or fields.get(name, cls)
     return [f.name for f in dataclasses.fields(cls)]
 
 
@@ -152,4 +161,6 @@ def _suggest(name: str, candidates: Iterable[str]) -> str:
     return f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(sorted(candidates))}."
 
 
+_ITEMS = {"views": View, "mixture": Mixed}
+"""Keys that hold lists, and of what."""
 _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Recipe)}

@@ -1,0 +1,313 @@
+"""Samples of a dataset that is never whole on disk nor in memory: one episode at a time, from a folder or from the Hub.
+
+Only `meta/` is read ahead. An episode's rows are fetched from the parquet row groups that hold them, its pictures with them
+or frame by frame out of its videos, and it becomes a `WindowDataset` of its own: what a sample is, is written there alone.
+The last few episodes are kept, and `order.py` goes through as many at a time.
+
+Letters: n samples, S state dims, A action dims, T chunk length.
+"""
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import Dataset
+
+from hf_vla.data import columns
+from hf_vla.data.lerobot_format import (
+    STAT_NAMES,
+    DatasetInfo,
+    Episode,
+    dimension_names,
+    episodes_on_disk,
+    present_cameras,
+    spans_by_column,
+    true_fps,
+)
+from hf_vla.data.lerobot_meta import DescribedEpisode, read_meta
+from hf_vla.data.order import Part
+from hf_vla.data.running_stats import RunningStats
+from hf_vla.data.source import HubPath, find_stream, list_files
+from hf_vla.data.windows import ViewLike, Window, WindowDataset, check_view, choose_episodes
+from hf_vla.sample import ACTION, STATE, Sample
+
+_NUMBERS = (STATE, ACTION, "timestamp", "task_index", "episode_index")
+_OPEN_FILES = 4
+_MOST_ROWS = 500_000
+"""Rows whose states and actions may be asked for at once."""
+
+logger = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """Some rows of a dataset, as `datasets.Dataset` gives all of them to whoever reads columns."""
+
+    data: pa.Table
+
+    @property
+    def column_names(self) -> list[str]:
+        """Name the columns."""
+        return self.data.column_names
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+@dataclass
+class StreamInfo(DatasetInfo):
+    """A dataset that is opened and not read; `table` holds the rows of its first episode."""
+
+    shards: "Shards" = field(default=None, repr=False)
+
+    def _stats_of(self, key: str) -> dict[str, np.ndarray]:
+        stats = self.meta_stats.get(key, {})
+        if any(np.size(stats.get(name, ())) != len(self.names[key]) for name in STAT_NAMES):
+            logger.info("%s: computing the stats of %s, in one pass over its numbers.", self.name, key)
+            running = RunningStats(len(self.names[key]))
+            for file in dict.fromkeys(episode.file for episode in self.episodes):
+                for rows in self.shards.pieces(file, key):
+                    running.add(columns.matrix(rows, key))
+            stats = running.stats()
+        return {name: np.ravel(stats[name]).astype(np.float32) for name in STAT_NAMES}
+
+
+class Shards:
+    """The parquet files of a dataset, a few of them open at a time."""
+
+    def __init__(self, root: Path | HubPath):
+        self.root = root
+        self._open: OrderedDict[str, _Shard] = OrderedDict()
+        self._owner = os.getpid()
+
+    def rows(self, episode: DescribedEpisode | Episode, names: Sequence[str]) -> Rows:
+        """Fetch an episode's rows, of these columns as far as they are there.
+
+        Raises:
+            ValueError: names file and episode where the file can't be read, or doesn't hold what `meta/` says.
+        """
+        try:
+            return self._shard(episode.file).rows(episode, names)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise ValueError(
+                f"{self.root / episode.file}: the rows of episode {episode.index} can't be read ({error}). Fetch or record "
+                "the file again, or set data.on_error to 'skip'."
+            ) from None
+
+    def pieces(self, file: str, name: str) -> Iterator[Rows]:
+        """Go through one column of a file, a row group at a time."""
+        reader = self._shard(file).reader
+        for k in range(reader.num_row_groups):
+            yield Rows(reader.read_row_group(k, columns=[name]))
+
+    def _shard(self, file: str) -> "_Shard":
+        if self._owner != os.getpid():  # a forked worker would move its parent's place in the file
+            self._open, self._owner = OrderedDict(), os.getpid()
+        if file not in self._open:
+            self._open[file] = _Shard(self.root, file)
+        self._open.move_to_end(file)
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
+        return self._open[file]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+class _Shard:
+    """One open parquet file, and where its episodes lie."""
+
+    def __init__(self, root: Path | HubPath, file: str):
+        self._path = root / file
+        self.reader = pq.ParquetFile(self._path.open("rb"))
+        self.names = self.reader.schema_arrow.names
+        sizes = [self.reader.metadata.row_group(k).num_rows for k in range(self.reader.num_row_groups)]
+        self._ends = np.cumsum(sizes)
+        self._spans = None
+        if "episode_index" in self.names:
+            self._spans = spans_by_column(self._path, Rows(self.reader.read(columns=["episode_index"])))
+
+    def rows(self, episode: DescribedEpisode | Episode, names: Sequence[str]) -> Rows:
+        start, length = self._span(episode)
+        groups = [k for k, end in enumerate(self._ends) if end > start and self._begin(k) < start + length]
+        found = self.reader.read_row_groups(groups, columns=[name for name in names if name in self.names])
+        own = found.slice(start - self._begin(groups[0]), length)
+        # A slice would keep all that was fetched with it.
+        return Rows(own if len(found) < 2 * length else own.take(pa.array(range(length))))
+
+    def _span(self, episode: DescribedEpisode | Episode) -> tuple[int, int]:
+        if self._spans is None and int(self._ends[-1]) == episode.length:
+            return 0, episode.length
+        if self._spans is None:
+            raise ValueError(
+                f"{self._path}: {int(self._ends[-1])} rows and no column episode_index, which streaming needs to find "
+                f"episode {episode.index} with its {episode.length} rows among them; set data.streaming to false."
+            )
+        if episode.index not in self._spans:
+            raise ValueError(f"{self._path}: has no rows of episode {episode.index}, which meta/ says it has.")
+        start, length = self._spans[episode.index]
+        if length != episode.length:
+            raise ValueError(
+                f"{self._path}: {length} rows of episode {episode.index}, which has {episode.length} by meta/. Streaming "
+                "counts on meta/: repair it, or set data.streaming to false."
+            )
+        return start, length
+
+    def _begin(self, group: int) -> int:
+        return int(self._ends[group - 1]) if group else 0
+
+
+def open_stream(source: str | Path, revision: str | None = None) -> StreamInfo:
+    """Open a LeRobot dataset without fetching it.
+
+    Args:
+        source: folder, or Hub id `user/name`.
+        revision: branch, tag or commit of the Hub repo.
+
+    Raises:
+        FileNotFoundError: for a dataset that isn't there, is gated or can't be reached, or has no episode.
+        ValueError: for one whose `meta/` or first episode can't be read.
+    """
+    meta_root, root = find_stream(source, revision)
+    meta = read_meta(meta_root)
+    repairs: list[str] = []
+    described = episodes_on_disk(root, meta, list_files(root), repairs)
+    shards = Shards(root)
+    first = Episode(
+        described[0].index, described[0].length, described[0].tasks, described[0].file, 0, described[0].videos
+    )
+    rows = shards.rows(first, [*_NUMBERS, *meta.camera_keys.values()])
+    info = StreamInfo(
+        name=meta_root.resolve().name if root == meta_root else str(source),
+        root=root,
+        version=meta.version,
+        fps=true_fps(meta, rows, first, repairs),
+        features=meta.features,
+        camera_keys=present_cameras(meta, rows, first, repairs),
+        names={key: dimension_names(root, meta, rows, key, repairs) for key in (STATE, ACTION)},
+        episodes=tuple(Episode(e.index, e.length, e.tasks, e.file, 0, e.videos) for e in described),
+        tasks=meta.tasks,
+        table=rows,
+        meta_stats=meta.stats if len(described) == len(meta.episodes) else {},
+        shards=shards,
+    )
+    if repairs:
+        logger.warning("%s: %s", info.name, "; ".join(repairs))
+    return info
+
+
+class StreamedDataset(Dataset):
+    """What `WindowDataset` is, for a dataset that is fetched as it is read; the samples are the same, bit for bit.
+
+    Args:
+        info: the opened dataset.
+        views: as for `WindowDataset`.
+        chunk_size: actions of a sample, T.
+        episodes: indices of the episodes to use; None takes all.
+        kept_episodes: episodes that each process keeps in memory, as read: what it costs doesn't grow with the dataset.
+    """
+
+    def __init__(
+        self,
+        info: StreamInfo,
+        views: Sequence[ViewLike],
+        chunk_size: int,
+        episodes: Sequence[int] | None = None,
+        kept_episodes: int = 8,
+    ):
+        self.info = info
+        self.views = [check_view(view, info) for view in views]
+        self.chunk_size, self.kept_episodes = chunk_size, kept_episodes
+        self.episodes = choose_episodes(info, episodes)
+        self._ends = np.cumsum([episode.length for episode in self.episodes])
+        self._kept: OrderedDict[int, WindowDataset] = OrderedDict()
+
+    @property
+    def part(self) -> Part:
+        """Say how its order is made: windows of as many episodes as are kept."""
+        return Part(tuple(episode.length for episode in self.episodes), self.kept_episodes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Sample:
+        position, frame = self._position(i)
+        return self._open(position)[frame]
+
+    def locate(self, i: int) -> tuple[Episode, int]:
+        """Say which episode sample `i` is from, and at which of its frames."""
+        position, frame = self._position(i)
+        return self.episodes[position], frame
+
+    @property
+    def tasks(self) -> list[str]:
+        """Give the instruction of every sample, as `meta/` has it."""
+        any_task = next(iter(self.info.tasks.values()), "")
+        return [(e.tasks or (any_task,))[0] for e in self.episodes for _ in range(e.length)]
+
+    @property
+    def states(self) -> np.ndarray:
+        """Fetch the state of every sample, (n, S) float32."""
+        return self._all(STATE)
+
+    @property
+    def actions(self) -> np.ndarray:
+        """Fetch the first action of every sample, (n, A) float32."""
+        return self._all(ACTION)
+
+    def windows(self, indices: Sequence[int]) -> Window:
+        """Fetch states and action chunks of many samples, without their pictures."""
+        places = [self._position(int(i)) for i in indices]
+        parts: dict[int, Window] = {}
+        for position in sorted({position for position, _ in places}):
+            frames = [frame for p, frame in places if p == position]
+            block = self._numbers(position)
+            found = block.windows(frames)
+            parts |= {
+                k: Window(found.state[j], found.actions[j], found.action_is_pad[j])
+                for j, k in enumerate(k for k, (p, _) in enumerate(places) if p == position)
+            }
+        return Window(*(np.stack([parts[k][column] for k in range(len(places))]) for column in range(3)))
+
+    def _position(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"Sample {i} of {len(self)}.")
+        position = int(np.searchsorted(self._ends, i, side="right"))
+        return position, int(i - self._ends[position] + self.episodes[position].length)
+
+    def _open(self, position: int) -> WindowDataset:
+        if position not in self._kept:
+            cameras = {self.info.camera_keys[view.camera] for view in self.views}
+            self._kept[position] = self._fetch(position, [*_NUMBERS, *cameras], self.views)
+        self._kept.move_to_end(position)
+        if len(self._kept) > self.kept_episodes:
+            self._kept.popitem(last=False)
+        return self._kept[position]
+
+    def _numbers(self, position: int) -> WindowDataset:
+        return self._fetch(position, _NUMBERS, [])
+
+    def _fetch(self, position: int, names: Sequence[str], views: Sequence[ViewLike]) -> WindowDataset:
+        episode = self.episodes[position]
+        rows = self.info.shards.rows(episode, names)
+        return WindowDataset(replace(self.info, episodes=(episode,), table=rows), views, self.chunk_size)
+
+    def _all(self, key: str) -> np.ndarray:
+        if len(self) > _MOST_ROWS:
+            raise ValueError(
+                f"{self.info.name}: {len(self)} samples are too many to hold {key} of all of them in memory, as was asked. "
+                "Choose fewer episodes, or a head other than 'discrete'."
+            )
+        return np.concatenate([getattr(self._numbers(p), _ATTRIBUTES[key]) for p in range(len(self.episodes))])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+
+_ATTRIBUTES = {STATE: "states", ACTION: "actions"}

@@ -1,0 +1,210 @@
+"""Streamed datasets: the samples of one that is read whole, a few episodes in memory, and faults that name their place."""
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lerobot_folders import LENGTHS, write_v2, write_v3
+
+from hf_vla.data.lerobot_format import open_dataset
+from hf_vla.data.loader import RankBatches, build_loader
+from hf_vla.data.mixture import build_datasets, order_of
+from hf_vla.data.streaming import StreamedDataset, open_stream
+from hf_vla.data.windows import WindowDataset
+from hf_vla.recipe import RecipeError, make_recipe
+from hf_vla.sample import Sample
+
+SHARED = Path(os.environ.get("HF_VLA_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def view(camera, offset=0):
+    return SimpleNamespace(camera=camera, offset=offset)
+
+
+PAIR = [view("wrist", -1), view("front", "goal")]
+
+
+def assert_same(sample: Sample, expected: Sample) -> None:
+    for a, b in zip(sample, expected, strict=True):
+        if isinstance(b, list):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        elif isinstance(b, np.ndarray):
+            assert a.dtype == b.dtype
+            assert np.array_equal(a, b)
+        else:
+            assert a == b
+
+
+def in_small_row_groups(root: Path) -> Path:
+    for file in (root / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(file), file, row_group_size=4)
+    return root
+
+
+@pytest.fixture(params=["v2.1", "v3.0", "v3.0_row_groups"])
+def root(request, tmp_path):
+    if request.param == "v2.1":
+        return write_v2(tmp_path / "doors")
+    root = write_v3(tmp_path / "doors")
+    return in_small_row_groups(root) if "row_groups" in request.param else root
+
+
+def test_the_samples_are_those_of_a_dataset_read_whole(root):
+    whole = WindowDataset(open_dataset(root), PAIR, 4, [0, 1, 3])
+    streamed = StreamedDataset(open_stream(root), PAIR, 4, [0, 1, 3], kept_episodes=2)
+    assert len(streamed) == len(whole)
+    for i in np.random.default_rng(0).permutation(len(whole)).tolist():
+        assert_same(streamed[i], whole[i])
+        assert streamed.locate(i)[1] == whole.locate(i)[1]
+    assert len(streamed._kept) == 2
+    assert streamed.tasks == whole.tasks
+    assert np.array_equal(streamed.states, whole.states)
+    assert np.array_equal(streamed.actions, whole.actions)
+    for a, b in zip(streamed.windows([9, 0, 5]), whole.windows([9, 0, 5]), strict=True):
+        assert np.array_equal(a, b)
+    for key, stats in open_dataset(root).stats.items():
+        for name, values in stats.items():
+            np.testing.assert_allclose(open_stream(root).stats[key][name], values, rtol=1e-6)
+
+
+def test_a_real_dataset_with_video_streams_alike():
+    root = SHARED / "data/g1_inspire_v21_dev"
+    if not root.is_dir():
+        pytest.skip("the real samples aren't here")
+    pytest.importorskip("av")
+    views = [view("cam_high"), view("cam_high", -8)]
+    whole, streamed = (
+        kind(opened(root), views, 8)
+        for kind, opened in ((WindowDataset, open_dataset), (StreamedDataset, open_stream))
+    )
+    assert len(streamed) == len(whole)
+    for i in (0, 100, 300, len(whole) - 1):
+        assert_same(streamed[i], whole[i])
+
+
+def test_workers_read_it_and_it_can_be_pickled(root):
+    streamed = StreamedDataset(open_stream(root), PAIR, 4, kept_episodes=2)
+    streamed[0]
+    streamed = pickle.loads(pickle.dumps(streamed))
+    batches = RankBatches(order_of(streamed, 0), 4, workers=2)
+    loader = build_loader(
+        streamed, batches, lambda samples: {"at": [(s.episode_index, s.frame_index) for s in samples]}, 2
+    )
+    seen = [place for batch in loader for place in batch["at"]]
+    assert sorted(seen) == [(e, f) for e, length in enumerate(LENGTHS) for f in range(length)]
+
+
+def break_parquet(root: Path) -> None:
+    file = sorted((root / "data").rglob("*.parquet"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_parquet(root: Path) -> None:
+    sorted((root / "data").rglob("*.parquet"))[1].unlink()
+
+
+def change(root: Path, key: str, values) -> None:
+    file = sorted((root / "data").rglob("*.parquet"))[-1]
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.column_names.index(key), key, values(table.column(key))), file)
+
+
+def break_actions(root: Path) -> None:
+    change(root, "action", lambda column: pa.array([[np.nan] * 3] * len(column), pa.list_(pa.float32(), 3)))
+
+
+def break_tasks(root: Path) -> None:
+    change(root, "task_index", lambda column: pa.array([7] * len(column)))
+
+
+def shorten(root: Path) -> None:
+    file = sorted((root / "data").rglob("*.parquet"))[-1]
+    pq.write_table(pq.read_table(file).slice(0, pq.read_metadata(file).num_rows - 1), file)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (break_parquet, r"can't be read"),
+        (remove_parquet, r"No such file"),
+        (break_actions, r"action of episode 3 has values that aren't finite"),
+        (break_tasks, r"episode 3, frame 0 has task_index 7"),
+        (shorten, r"5 rows of episode 3, which has 6 by meta"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("write", [write_v2, write_v3], ids=["v2.1", "v3.0"])
+def test_a_fault_names_file_and_episode_or_is_skipped_and_counted(tmp_path, write, fault, words):
+    root = write(tmp_path / "doors")
+    streamed = StreamedDataset(open_stream(root), PAIR, 4)
+    fault(root)  # after it was opened: streaming sees it when it gets there
+    batches = RankBatches(order_of(streamed, 0), 4)
+    collate = lambda samples: {"is_pad": [s.action_is_pad.all() for s in samples]}  # noqa: E731
+    with pytest.raises(ValueError, match=words) as error:
+        list(build_loader(streamed, batches, collate))
+    assert ".parquet" in str(error.value)
+    read = list(build_loader(streamed, batches, collate, on_error="skip"))
+    skipped = [text for batch in read for text in batch["skipped"]]
+    assert len(skipped) == sum(is_pad for batch in read for is_pad in batch["is_pad"]) > 0
+    assert len(skipped) < len(streamed)
+
+
+def test_a_mixture_is_its_datasets_one_behind_the_other(tmp_path):
+    roots = [str(write_v3(tmp_path / "a")), str(write_v2(tmp_path / "b"))]
+    mixture = [{"dataset": roots[0], "weight": 3.0}, {"dataset": roots[1], "weight": 1.0, "views": ["wrist", "front"]}]
+    for streaming in (False, True):
+        recipe = make_recipe({"data": {"mixture": mixture, "eval_fraction": 0.5, "streaming": streaming}})
+        train, held_out = build_datasets(recipe.data, 3, 0)
+        assert len(train) + len(held_out) == 2 * sum(LENGTHS)
+        first, second = train.datasets
+        assert_same(train[len(first)], second[0])
+        assert_same(train[len(train) - 1], second[len(second) - 1])
+        assert [v.camera for v in second.views] == ["wrist", "front"]
+        assert train.info.state_dim == 3
+        indices = [len(train) - 1, 0, len(first)]
+        assert np.array_equal(train.windows(indices).actions, np.stack([train[i].actions for i in indices]))
+        order = order_of(train, 0)
+        drawn = np.bincount(order.sequence(0) < len(first), minlength=2) / len(order)
+        assert drawn[1] == pytest.approx(0.75, abs=0.03)
+
+
+def test_merged_stats_are_those_of_the_mixture():
+    from hf_vla.data.lerobot_stats import vector_stats
+    from hf_vla.data.mixed import merge_stats
+
+    a, b = np.random.default_rng(0).normal([0, 5], [1, 2], (2, 300, 2))
+    merged = merge_stats([vector_stats(a), vector_stats(b)], [0.5, 0.5])
+    together = vector_stats(np.concatenate([a, b]))
+    for name in ("mean", "std", "min", "max"):
+        np.testing.assert_allclose(merged[name], together[name], rtol=1e-5)
+    assert (merged["q01"] <= together["q01"]).all()
+    assert (merged["q99"] >= together["q99"]).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"dataset": "a/b", "mixture": [{"dataset": "c/d"}]}, "both name datasets"),
+        ({"mixture": [{"dataset": "c/d", "weight": 1.0}, {"dataset": "e/f"}]}, "to each of the 2"),
+        ({"mixture": [{"dataset": "c/d", "weight": 0.0}]}, "above 0"),
+        ({"mixture": [{"datset": "c/d"}]}, "datset"),
+        ({"shuffle_episodes": 0}, "at least 1"),
+        ({"streaming": "yes"}, "data.streaming"),
+        ({"on_error": "ignore"}, "data.on_error"),
+    ],
+)
+def test_a_data_section_that_contradicts_itself_is_refused(data, words):
+    with pytest.raises(RecipeError, match=words):
+        make_recipe({"data": data})
+
+
+def test_datasets_that_no_policy_can_mix_are_refused(tmp_path):
+    roots = [str(write_v3(tmp_path / name)) for name in ("a", "b")]
+    data = make_recipe({"data": {"mixture": [{"dataset": roots[0]}, {"dataset": roots[1], "views": ["front"]}]}}).data
+    with pytest.raises(ValueError, match="differ in their views"):
+        build_datasets(data, 3, 0)
