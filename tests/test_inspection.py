@@ -1,8 +1,10 @@
 """What an inspection finds: nothing in a good set, and each fault that is put into it."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ from hf_vla.inspection.number_checks import Vector, check_commands
 from tests import lerobot_folders, rlds_files
 from tests.tiny_run import SAMPLE
 
+SHARED = Path(os.environ.get("HF_VLA_SHARED", Path(__file__).parents[2] / "shared"))
 LENGTHS = (22, 30, 20, 26, 28, 22)
 SIDE = 32
 
@@ -288,3 +291,20 @@ def test_the_command_says_what_was_found_and_fails_on_errors(good, tmp_path):
     FAULTS["nan"][1](tmp_path / "toy")
     run = CliRunner().invoke(app, ["inspect", str(tmp_path / "toy"), "--output", str(tmp_path / "page.html")])
     assert run.exit_code == 1 and "error: action: 1 of 148 rows aren't finite" in run.output
+
+
+def kinds(source, tmp_path):
+    return {finding.kind for finding in inspect(source, tmp_path / "page.html").findings}
+
+
+@pytest.mark.skipif(not (SHARED / "data/g1_inspire_v21_dev").is_dir(), reason="no shared reference data here")
+def test_the_traps_of_the_real_humanoid_are_found(tmp_path):
+    wanted = {"partial", "nested_names", "one_camera", "missing_stats", "near_constant", "action_leads", "one_task"}
+    assert kinds(SHARED / "data/g1_inspire_v21_dev", tmp_path) == wanted
+
+
+@pytest.mark.skipif(not (SHARED / "data/octo_bridge_debug").is_dir(), reason="no shared reference data here")
+def test_the_traps_of_the_real_widowx_are_found(tmp_path):
+    wanted = {"overlap", "black_camera", "wrong_flag", "wrong_description", "first_action_zero", "one_length"}
+    wanted |= {"is_last_never", "is_terminal_never", "reward_never", "no_rate", "short_episodes"}
+    assert kinds(SHARED / "data/octo_bridge_debug", tmp_path) == wanted
