@@ -1,9 +1,14 @@
 """What trains: the freeze policy, low-rank adapters through PEFT, and the names of all that training changes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from peft import LoraConfig
 from torch import nn
 
 ADAPTER = "default"
+QUANTIZED = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
+"""Kinds of quantised layers, and what PEFT looks for on the model before it wraps one in the adapter made for it."""
 
 
 def freeze(model: nn.Module, backbones: list[str]) -> None:
@@ -40,10 +45,29 @@ def lora_config(model: nn.Module, lora) -> LoraConfig:
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Add adapters to the model and undo PEFT's freezing of what the recipe trains beside them."""
     trainable = trained_names(model)
-    model.add_adapter(config, ADAPTER)
+    with _said_to_be_quantized(model):
+        model.add_adapter(config, ADAPTER)
     for name, parameter in model.named_parameters():
         if name in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _said_to_be_quantized(model: nn.Module) -> Iterator[None]:
+    """Let PEFT see on the whole model what transformers notes on its quantised backbone alone.
+
+    Otherwise PEFT wraps quantised layers in the adapters of plain ones, whose merging takes packed weights for numbers. The
+    mark is taken off again: to transformers and accelerate it would mean that the whole model is quantised.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    marks = [mark for kind, mark in QUANTIZED.items() if kind in kinds]
+    for mark in marks:
+        setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        for mark in marks:
+            delattr(model, mark)
 
 
 def upcast_trained(model: nn.Module) -> None:

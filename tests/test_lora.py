@@ -1,9 +1,11 @@
 """What trains: with VGGT read below its top, exactly what a gradient can reach."""
 
+import bitsandbytes
 import pytest
 import torch
+from peft.tuners.lora import bnb, layer
 
-from hf_vla.assemble import build_config, build_model
+from hf_vla.assemble import build_config, build_model, build_on_meta
 from hf_vla.lora import trained_names
 from tests.tiny_run import TINY_VGGT, tiny_recipe
 
@@ -22,10 +24,10 @@ def batch_of(config) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("layer", [-1, -2, 0])
+@pytest.mark.parametrize("top", [-1, -2, 0])
 @pytest.mark.parametrize("sections", [{}, {"model": FROZEN, "lora": LORA}], ids=["full", "lora"])
-def test_every_trainable_parameter_gets_a_gradient(sections, layer):
-    vggt = {"vggt": {**TINY_VGGT, "depth": DEPTH}, "vggt_layer": layer}
+def test_every_trainable_parameter_gets_a_gradient(sections, top):
+    vggt = {"vggt": {**TINY_VGGT, "depth": DEPTH}, "vggt_layer": top}
     recipe = tiny_recipe(**{**sections, "model": {**sections.get("model", {}), **vggt}})
     config = build_config(recipe, num_views=2, state_dim=4, action_dim=4)
     model = build_model(recipe, config).train()
@@ -33,7 +35,37 @@ def test_every_trainable_parameter_gets_a_gradient(sections, layer):
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == trained_names(model)
     blocks = {name.split(".")[3] for name in reached if name.startswith("model.vggt.global_blocks.")}
-    assert blocks == {str(i) for i in range(layer % DEPTH + 1)}
+    assert blocks == {str(i) for i in range(top % DEPTH + 1)}
+
+
+@pytest.mark.parametrize("build", [build_model, build_on_meta])
+@pytest.mark.parametrize(
+    ("quantization", "base", "adapter"),
+    [
+        ("none", torch.nn.Linear, layer.Linear),
+        ("nf4", bitsandbytes.nn.Linear4bit, bnb.Linear4bit),
+        ("int8", bitsandbytes.nn.Linear8bitLt, bnb.Linear8bitLt),
+    ],
+)
+def test_quantised_layers_get_the_adapters_made_for_them(quantization, base, adapter, build):
+    recipe = tiny_recipe(model={**FROZEN, "quantization": quantization}, lora=LORA)
+    model = build(recipe, build_config(recipe, 2, 4, 4))
+    kinds = {
+        name.split(".")[1]: (type(module.base_layer), type(module))
+        for name, module in model.named_modules()
+        if isinstance(module, layer.LoraLayer)
+    }
+    assert kinds == {"vggt": (torch.nn.Linear, layer.Linear), "lang_encoder": (base, adapter)}
+    assert not {"is_loaded_in_4bit", "is_loaded_in_8bit"} & set(vars(model))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_adapters_of_quantised_layers_train(quantization):
+    recipe = tiny_recipe(model={**FROZEN, "quantization": quantization}, lora=LORA)
+    config = build_config(recipe, num_views=2, state_dim=4, action_dim=4)
+    model = build_model(recipe, config).train()
+    model(**batch_of(config)).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained_names(model)
 
 
 def test_adapters_stay_below_the_layer_that_is_read():
