@@ -25,7 +25,7 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     )
     order = order_of(train_data, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
-    means = mean_pictures(train_data, partial(fit_views, recipe))
+    means = mean_pictures(train_data, partial(fit_views, recipe), on_error=recipe.data.on_error)
     caches = find_caches(recipe, train_data, means)
     processor = build_processor(recipe, views, info.stats, means, train_data.tasks)
     model = build_model(

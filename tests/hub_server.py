@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -22,7 +22,8 @@ LARGE = (".safetensors", ".bin", ".pt", ".png")
 
 
 class Hub(ThreadingHTTPServer):
-    """Attributes: `folder` of the repositories, `private` ones among them, and `requests` as (method, path)."""
+    """Attributes: `folder` of the repositories, `private` and `gated` ones among them, `requests` as (method, path), and the
+    bytes `fetched` by range."""
 
     daemon_threads = True
 
@@ -30,6 +31,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.private: set[str] = set()
+        self.gated: set[str] = set()
+        self.fetched = 0
         self.commits = 0
         self.requests: list[tuple[str, str]] = []
 
@@ -165,13 +168,43 @@ class Handler(BaseHTTPRequestHandler):
             [{"type": "file", "path": name, "size": path.stat().st_size, "oid": _sha1(path)} for name, path in files]
         )
 
+    def folder(self, repo: str, path: str | None) -> None:
+        """List what lies directly in a folder, or with `?recursive=True` all that is under it."""
+        self.check_may_read(repo)
+        start = self.server.folder / repo / (path or "")
+        if not start.is_dir():
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        is_recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        found = sorted(start.rglob("*") if is_recursive else start.iterdir())
+        self.answer([self.describe(repo, path) for path in found])
+
+    def paths_info(self, repo: str) -> None:
+        self.check_may_read(repo)
+        asked = parse_qs(self.body.decode())["paths"]
+        found = [self.server.folder / repo / path for path in asked]
+        self.answer([self.describe(repo, path) for path in found if path.exists()])
+
+    def describe(self, repo: str, path: Path) -> dict:
+        name = path.relative_to(self.server.folder / repo).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest()}
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _sha1(path)}
+
     def resolve(self, repo: str, name: str) -> None:
         self.check_may_read(repo)
         path = self.server.files(repo).get(name)
         if path is None:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         headers = {"ETag": f'"{_sha1(path)}"', "X-Repo-Commit": self.server.sha}
-        self.send(200, path.read_bytes(), {"Content-Type": "application/octet-stream", **headers})
+        headers["Content-Type"] = "application/octet-stream"
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            self.send(200, path.read_bytes(), headers)
+            return
+        start, end = int(asked[1]), min(int(asked[2]) + 1, path.stat().st_size)
+        self.server.fetched += end - start
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{path.stat().st_size}"
+        self.send(206, path.read_bytes()[start:end], headers)
 
     # Who may what
 
@@ -187,6 +220,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"You don't have the rights to write to {repo}")
 
     def check_may_read(self, repo: str) -> None:
+        if repo in self.server.gated:
+            raise Refusal(403, f"Access to dataset {repo} is restricted.", "GatedRepo")
         is_hidden = repo in self.server.private and not repo.startswith(f"{self.user}/")
         if is_hidden or not (self.server.folder / repo).is_dir():
             raise Refusal(401 if self.user is None else 404, "Repository not found", "RepoNotFound")
@@ -225,6 +260,10 @@ ROUTES = [
     (("POST",), f"/api/models/{REPO}/commit/main", Handler.commit),
     (("GET",), rf"/api/models/{REPO}(?:/revision/\w+)?", Handler.info),
     (("GET",), rf"/api/models/{REPO}/tree/\w+", Handler.tree),
+    (("GET",), rf"/api/datasets/{REPO}(?:/revision/\w+)?", Handler.info),
+    (("GET",), rf"/api/datasets/{REPO}/tree/\w+(?:/(.+))?", Handler.folder),
+    (("POST",), rf"/api/datasets/{REPO}/paths-info/\w+", Handler.paths_info),
+    (("GET", "HEAD"), rf"/datasets/{REPO}/resolve/\w+/(.+)", Handler.resolve),
     (("GET", "HEAD"), rf"/{REPO}/resolve/\w+/(.+)", Handler.resolve),
 ]
 

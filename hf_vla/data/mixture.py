@@ -9,12 +9,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hf_vla.data.lerobot_format import DatasetInfo, Episode, open_dataset
+from hf_vla.data.loader import DrawnSamples
 from hf_vla.data.mixed import MixedDataset
 from hf_vla.data.order import Order
 from hf_vla.data.streaming import StreamedDataset, open_stream
 from hf_vla.data.windows import ViewLike, WindowDataset
 
 Samples = WindowDataset | StreamedDataset | MixedDataset
+
+_STREAMED_PICTURES = 32
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,10 @@ def split_episodes(episodes: tuple[Episode, ...], fraction: float, seed: int) ->
 
 
 def mean_pictures(
-    dataset: WindowDataset, prepare: Callable[[list[np.ndarray]], np.ndarray] = np.stack, max_samples: int = 512
+    dataset: Samples,
+    prepare: Callable[[list[np.ndarray]], np.ndarray] = np.stack,
+    max_samples: int = 512,
+    on_error: str = "raise",
 ) -> np.ndarray:
     """Average the pictures of each view over training samples spread evenly over the dataset.
 
@@ -106,13 +112,18 @@ def mean_pictures(
         dataset: what is trained on.
         prepare: V pictures (H, W, 3) uint8 to one array (V, H', W', 3), as the processor resizes them. Pictures of one size
             need none.
-        max_samples: samples that the mean is taken over, at most.
+        max_samples: samples that the mean is taken over, at most; of a streamed dataset fewer, each of which takes the
+            fetching of an episode.
+        on_error: `skip` to take other samples in place of those that can't be read.
 
     Returns:
         (V, H', W', 3) uint8.
     """
+    if not isinstance(dataset, WindowDataset):
+        max_samples = min(max_samples, _STREAMED_PICTURES)
     indices = np.linspace(0, len(dataset) - 1, min(max_samples, len(dataset))).round().astype(int)
-    total = sum(np.asarray(prepare(dataset[int(i)].images), np.float64) for i in indices)
+    samples = DrawnSamples(dataset, on_error)
+    total = sum(np.asarray(prepare(samples[int(i)][0].images), np.float64) for i in indices)
     return np.rint(total / len(indices)).astype(np.uint8)
 
 

@@ -102,9 +102,14 @@ class Shards:
 
     def pieces(self, file: str, name: str) -> Iterator[Rows]:
         """Go through one column of a file, a row group at a time."""
-        reader = self._shard(file).reader
-        for k in range(reader.num_row_groups):
-            yield Rows(reader.read_row_group(k, columns=[name]))
+        try:
+            reader = self._shard(file).reader
+            for k in range(reader.num_row_groups):
+                yield Rows(reader.read_row_group(k, columns=[name]))
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise ValueError(
+                f"{self.root / file}: {name} can't be read for the statistics ({error}). Fetch or record the file again."
+            ) from None
 
     def _shard(self, file: str) -> "_Shard":
         if self._owner != os.getpid():  # a forked worker would move its parent's place in the file
