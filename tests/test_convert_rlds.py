@@ -17,8 +17,10 @@ from hf_vla.convert.rlds import RLDSSource
 from hf_vla.convert.tfrecord import crc32c, parse_example, read_records
 from hf_vla.data.lerobot_format import open_dataset
 from hf_vla.data.windows import WindowDataset
+from hf_vla.prepare import build_trainer
 from hf_vla.recipe import View
 from tests import rlds_files
+from tests.tiny_run import tiny_recipe
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = [[4, 5], [3], [6, 2]]
@@ -144,6 +146,13 @@ def test_episodes_become_rows_of_a_dataset_that_trains(bridge, tmp_path):
     ]
     assert rows[4]["stats/index/min"] == [14] and rows[4]["stats/episode_index/max"] == [4]
     assert rows[2]["stats/task_index/mean"] == [table["task_index"].to_pylist()[7]]
+
+
+def test_what_was_converted_trains_as_an_image_pair(bridge, tmp_path):
+    convert(RLDSSource(bridge), tmp_path / "out", settings())
+    views = [{"camera": "image_0"}, {"camera": "image_2"}]
+    trainer = build_trainer(tiny_recipe(data={"dataset": str(tmp_path / "out"), "views": views}), tmp_path / "run")
+    assert np.isfinite(trainer.train().training_loss) and trainer.processing_class.views == ["image_0", "image_2"]
 
 
 def test_encoded_pictures_stay_the_bytes_they_were(bridge, tmp_path):

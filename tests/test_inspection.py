@@ -239,6 +239,19 @@ def test_a_missing_episode_in_the_middle_is_found(tmp_path):
     )
 
 
+def test_a_part_that_spreads_less_than_the_whole_is_found(tmp_path):
+    root = lerobot_folders.write_v2(tmp_path / "toy")
+    rows = [np.array(lerobot_folders.episode_rows(e, 0)["action"]) for e in range(len(lerobot_folders.LENGTHS))]
+    stats = [{"mean": r.mean(0).tolist(), "std": r.std(0).tolist(), "count": [len(r)]} for r in rows]
+    lines = [{"episode_index": e, "stats": {"action": s}} for e, s in enumerate(stats)]
+    lerobot_folders.write_lines(root / "meta/episodes_stats.jsonl", lines)
+    assert "subset_stats" not in kinds(root, tmp_path)
+    for episode in (0, 1, 2):
+        next(root.rglob(f"episode_{episode:06d}.parquet")).unlink()
+    (found,) = [f for f in inspect(root, tmp_path / "page.html").findings if f.kind == "subset_stats"]
+    assert found.text.startswith("action: over all 4 episodes in meta/, x (") and "y (" not in found.text
+
+
 def test_episodes_that_are_judged_by_must_not_be_trained_on(good, tmp_path):
     other = write(tmp_path / "other", change=lambda e, s, a, p: a.__imul__(1 if e == 1 else 0.5))
     (found,) = [f for f in inspect(good, tmp_path / "page.html", against=[other]).findings if f.kind == "overlap"]
@@ -300,6 +313,7 @@ def kinds(source, tmp_path):
 @pytest.mark.skipif(not (SHARED / "data/g1_inspire_v21_dev").is_dir(), reason="no shared reference data here")
 def test_the_traps_of_the_real_humanoid_are_found(tmp_path):
     wanted = {"partial", "nested_names", "one_camera", "missing_stats", "near_constant", "action_leads", "one_task"}
+    wanted.add("subset_stats")
     assert kinds(SHARED / "data/g1_inspire_v21_dev", tmp_path) == wanted
 
 

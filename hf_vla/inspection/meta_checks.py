@@ -1,6 +1,8 @@
 """What `meta/` says, against the rows: instructions, names, statistics, and which episodes are there."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +10,9 @@ from hf_vla.data import columns
 from hf_vla.data.lerobot_format import STAT_NAMES, DatasetInfo
 from hf_vla.inspection.finding import Finding, some
 from hf_vla.sample import ACTION, STATE
+
+WIDER = 3.0
+"""Times that a dimension's std over all episodes may be its std over those on disk."""
 
 _KINDS = {
     "episodes in meta/ are on disk": ("warning", "partial"),
@@ -29,6 +34,7 @@ def check_meta(info: DatasetInfo) -> Iterator[Finding]:
     yield from _tasks(info)
     yield from _names(info)
     yield from _stats(info)
+    yield from _subset(info)
     if len(info.cameras) == 1:
         yield Finding(
             "note",
@@ -93,3 +99,35 @@ def _stats(info: DatasetInfo) -> Iterator[Finding]:
                 f"Normalisation would "
                 "be wrong; data_scripts/compute_stats.py writes them anew.",
             )
+
+
+def _subset(info: DatasetInfo) -> Iterator[Finding]:
+    """Compare the spread of the rows on disk with that of all episodes, where v2.1's `meta/` has each one's statistics."""
+    file = info.root / "meta/episodes_stats.jsonl"
+    if not file.is_file():
+        return
+    described = [json.loads(line)["stats"] for line in file.read_text().splitlines() if line.strip()]
+    for key in (STATE, ACTION):
+        whole = _pooled_std([stats[key] for stats in described if key in stats])
+        if whole is None or len(whole) != len(info.names[key]):
+            continue
+        ratio = whole / np.maximum(np.nanstd(columns.matrix(info.table, key).astype(np.float64), axis=0), 1e-9)
+        dims = [f"{info.names[key][d]} ({ratio[d]:.3g} times)" for d in np.argsort(-ratio) if ratio[d] > WIDER]
+        if dims:
+            yield Finding(
+                "warning",
+                "subset_stats",
+                f"{key}: over all {len(described)} episodes in meta/, {some(dims)} spread wider than over the "
+                f"{len(info.episodes)} on disk. Scaled by these rows alone, other episodes lie far outside: take a "
+                "larger part, or rely on the processor's floor.",
+            )
+
+
+def _pooled_std(stats: list[dict[str, Any]]) -> np.ndarray | None:
+    """Put episodes' mean, std and count together, (D,)."""
+    if not stats:
+        return None
+    mean, std = (np.array([np.ravel(s[name]) for s in stats], np.float64) for name in ("mean", "std"))
+    weights = np.array([np.ravel(s["count"])[0] for s in stats], np.float64)[:, None]
+    total = (weights * mean).sum(0) / weights.sum()
+    return np.sqrt((weights * (std**2 + (mean - total) ** 2)).sum(0) / weights.sum())
