@@ -1,6 +1,5 @@
 """Going on after a kill: the log and the weights of a run that was never stopped, to the last bit."""
 
-import json
 import os
 import signal
 import sys
@@ -8,13 +7,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot_folders import write_v3
 from transformers import TrainerCallback
 
 import hf_vla.train
-from hf_vla.checkpoint import load_checkpoint
+from benchmarks.killed import compare
+from hf_vla import saving
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
 from hf_vla.run import read_info
@@ -42,6 +44,7 @@ CASES = {
     "whole": {},
     "lora": ADAPTED,
     "nf4_workers": {**ADAPTED, "model": {**ADAPTED["model"], "quantization": "nf4"}, "data": {"num_workers": 2}},
+    "streamed": {**ADAPTED, "data": {"streaming": True, "num_workers": 1, "shuffle_episodes": 2}},
     "epochs": {
         "training": {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch"}
     },
@@ -80,6 +83,21 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class KillWhileSaving(TrainerCallback):
+    """Kills the process when a checkpoint is written, and not yet in its place."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def finish(run, step):
+            if step == self._step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            whole(run, step)
+
+        whole, saving.finish = saving.finish, finish
+
+
 def run_killed(action: Callable[[], object]) -> None:
     """Run in a forked process, which must end by SIGKILL."""
     pid = os.fork()
@@ -105,20 +123,9 @@ def train_killed(plan, directory: Path, callback: TrainerCallback, resume: bool 
     run_killed(action)
 
 
-def log_of(run: Path) -> list[dict]:
-    """Give the log without times and measured memory."""
-    return [
-        {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_second")) and not k.startswith("memory/")}
-        for entry in json.loads((run / "log_history.json").read_text())
-    ]
-
-
 def assert_same_run(run: Path, expected: Path) -> None:
-    assert log_of(run) == log_of(expected)
+    assert compare(run, expected) == []
     assert read_info(run)["train"] == read_info(expected)["train"]
-    weights, wanted = (dict(load_checkpoint(r / "model")[0].named_parameters()) for r in (run, expected))
-    assert weights.keys() == wanted.keys()
-    assert [name for name, tensor in weights.items() if not torch.equal(tensor, wanted[name])] == []
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +151,7 @@ SLOW = pytest.mark.slow
         # Before there is a checkpoint, and before another is reached.
         pytest.param("whole", [KillAt(1), KillAt(3), KillAt(3)], id="whole", marks=SLOW),
         pytest.param("nf4_workers", [KillAt(7)], id="nf4_workers", marks=SLOW),
+        pytest.param("streamed", [KillAt(3), KillWhileSaving(6)], id="streamed", marks=SLOW),
         pytest.param("epochs", [KillAt(5), KillAt(8, "on_epoch_end")], id="epochs_within", marks=SLOW),
         pytest.param("epochs", [KillAt(4, "on_save"), KillAt(8, "on_save")], id="epochs_saved", marks=SLOW),
     ],
@@ -154,3 +162,93 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, recipe, undisturbe
         train_killed(recipe(name), run, callback, resume=k > 0)
     train(recipe(name), run, resume=True)
     assert_same_run(run, undisturbed(name))
+
+
+def test_an_unfinished_checkpoint_is_passed_over_and_said(tmp_path, recipe, undisturbed):
+    run = tmp_path / "run"
+    train_killed(recipe("lora"), run, KillWhileSaving(4))
+    assert (run / "unfinished-4").is_dir()
+    weights = run / "checkpoint-2/trained.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])  # as a disk that lost power may leave it
+    found = saving.find(run)
+    assert found.checkpoint is None
+    assert found.skipped == [
+        "unfinished-4 was still being written",
+        f"checkpoint-2 isn't whole: trained.safetensors has {len(whole) - 1} bytes and not {len(whole)}",
+    ]
+    weights.write_bytes(whole)
+    assert saving.find(run).checkpoint == run / "checkpoint-2"
+    train(recipe("lora"), run, resume=True)
+    assert_same_run(run, undisturbed("lora"))
+    told = [event["text"] for event in read_info(run)["events"] if event["kind"] == "resumed"]
+    assert told == ["unfinished-4 was still being written: it is passed over.", "Going on from checkpoint-2."]
+    assert not list(run.glob("unfinished-*"))
+
+
+def write_checkpoint(run: Path, step: int) -> None:
+    saving.begin(run, step)
+    (saving.aside(run, step) / "state.json").write_text("{}")
+    saving.finish(run, step)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step in (2, 4, 6, 10):
+        write_checkpoint(tmp_path, step)
+        saving.keep(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-6"]
+    write_checkpoint(tmp_path, 10)  # written again after a run went on from before it
+    assert saving.find(tmp_path) == (tmp_path / "checkpoint-10", [])
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "optimizer.pt"])
+def test_a_checkpoint_that_cant_be_opened_again_never_gets_its_name(tmp_path, name):
+    saving.begin(tmp_path, 2)
+    (saving.aside(tmp_path, 2) / name).write_bytes(b"half of it")
+    with pytest.raises(OSError, match="can't be opened again"):
+        saving.finish(tmp_path, 2)
+    assert saving.find(tmp_path).checkpoint is None
+
+
+def test_a_run_that_goes_on_in_other_batches_sees_the_rest_of_the_epoch_and_says_so(tmp_path, recipe):
+    plan = recipe("epochs")
+    seen: list[int] = []
+
+    def note(trainer):
+        take = trainer.data_collator
+        trainer.data_collator = lambda samples: (
+            seen.extend((s.episode_index, s.frame_index) for s in samples if not s.action_is_pad.all())
+            or take(samples)
+        )
+
+    run = tmp_path / "run"
+    trainer = build_trainer(plan, run)
+    trainer.args.max_steps, trainer.args.save_strategy, trainer.args.eval_strategy = 2, "steps", "no"
+    note(trainer)
+    trainer.train()  # 2 of 4 steps of the first epoch
+    samples = len(trainer.train_dataset)
+    assert len(seen) == 12
+    plan.data.batch_size, plan.training["gradient_accumulation_steps"], plan.training["eval_strategy"] = 2, 1, "no"
+    trainer = build_trainer(plan, run)
+    note(trainer)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert len(set(seen[:samples])) == samples
+    assert len(seen) == 2 * samples  # and the second epoch
+    kinds = {event["kind"]: event["text"] for event in read_info(run)["events"]}
+    assert "order differs" in kinds["resumed_differently"]
+
+
+def test_skipped_samples_are_counted_in_the_runs_file(tmp_path):
+    root = write_v3(tmp_path / "doors", lengths=(5, 7, 3, 6, 8, 4))
+    file = root / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(file)
+    nan = pa.array([[float("nan")] * 3] * len(table), pa.list_(pa.float32(), 3))
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", nan), file)
+    data = {"dataset": str(root), "batch_size": 4, "eval_fraction": 0.0, "streaming": True}
+    training = {"max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match=r"action of episode [23] has values that aren't finite"):
+        train(tiny_recipe(data=data, training=training), tmp_path / "raised")
+    run = train(tiny_recipe(data={**data, "on_error": "skip"}, training=training), tmp_path / "skipped")
+    skipped = read_info(run)["skipped"]
+    assert skipped["samples"] == 3 + 6
+    assert all("file-001.parquet" in text for text in skipped["first"])

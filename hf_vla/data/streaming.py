@@ -70,12 +70,20 @@ class StreamInfo(DatasetInfo):
         stats = self.meta_stats.get(key, {})
         if any(np.size(stats.get(name, ())) != len(self.names[key]) for name in STAT_NAMES):
             logger.info("%s: computing the stats of %s, in one pass over its numbers.", self.name, key)
-            running = RunningStats(len(self.names[key]))
-            for file in dict.fromkeys(episode.file for episode in self.episodes):
-                for rows in self.shards.pieces(file, key):
-                    running.add(columns.matrix(rows, key))
-            stats = running.stats()
+            stats = self._count(key).stats()
         return {name: np.ravel(stats[name]).astype(np.float32) for name in STAT_NAMES}
+
+    def _count(self, key: str) -> RunningStats:
+        running, left_out = RunningStats(len(self.names[key])), 0
+        for file in dict.fromkeys(episode.file for episode in self.episodes):
+            for rows in self.shards.pieces(file, key):
+                values = columns.matrix(rows, key)
+                is_finite = np.isfinite(values).all(1)
+                left_out += int((~is_finite).sum())
+                running.add(values[is_finite])
+        if left_out:
+            logger.warning("%s: %d rows of %s aren't finite and are left out of its stats.", self.name, left_out, key)
+        return running
 
 
 class Shards:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.recipe import Recipe
 from tests.tiny_run import tiny_recipe
@@ -60,4 +62,5 @@ def outcome_of(trainer) -> dict:
         "size": trainer.batcher.fit.size,
         "steps": trainer.state.global_step,
         "error": error,
+        "draw": torch.rand(()).item(),
     }

@@ -52,6 +52,10 @@ def test_both_ranks_go_on_with_the_smaller_size(folder, name):
     assert {event["kind"] for event in read_info(folder / name)["events"]} == {kind}
 
 
+def test_ranks_draw_apart(folder):
+    assert outcome(folder, "undisturbed", 0)["draw"] != outcome(folder, "undisturbed", 1)["draw"]
+
+
 def test_when_nothing_fits_on_one_rank_both_end_together_with_a_checkpoint(folder):
     for rank in (0, 1):
         assert "Step 0 is saved" in outcome(folder, "exhausted", rank)["error"]
