@@ -297,6 +297,18 @@ def test_the_traps_of_an_rlds_set_are_found(tmp_path):
     assert {"is_last_never", "is_terminal_never", "reward_never", "no_rate", "short_episodes"} <= set(found)
 
 
+@pytest.mark.parametrize(("split", "words"), [("val", None), ("train", "record 1 is damaged")])
+def test_an_rlds_set_is_read_by_the_split_it_has_and_its_damage_named(tmp_path, split, words):
+    episodes = [rlds_files.bridge_episode(e, 4 + e, noisy=True) for e in range(2)]
+    folder = rlds_files.write(tmp_path / "toy", [episodes], split=split)
+    if words:
+        cut(next(folder.glob("*.tfrecord-*")), 0.9)
+    recordings = inspect(folder, tmp_path / "page.html")
+    texts = [finding.text for finding in recordings.findings if finding.kind == "unreadable"]
+    assert [words in text for text in texts] == ([True] if words else [])
+    assert words or recordings.name.endswith("(val)")
+
+
 def test_the_command_says_what_was_found_and_fails_on_errors(good, tmp_path):
     run = CliRunner().invoke(app, ["inspect", str(SAMPLE), "--output", str(tmp_path / "page.html")])
     assert run.exit_code == 0 and "note: 3 of 9 episodes are shorter than 16 steps" in run.output

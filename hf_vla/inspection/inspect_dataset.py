@@ -22,10 +22,10 @@ def inspect(
         against: LeRobot datasets that are judged by, whose episodes must not be in this one.
 
     Returns:
-        What the page shows; its `findings` are sorted, the worst first.
+        What the page shows; its `findings` are sorted, the worst first. A dataset that can't be opened has one.
 
     Raises:
-        FileNotFoundError: where no dataset is there.
+        ValueError: where a dataset to compare with can't be read.
     """
     if is_rlds(Path(source)):
         recordings = read_rlds(source)

@@ -25,8 +25,10 @@ _MOST = 200
 """Episodes that are read of each split: enough to see what they are like."""
 
 
-def read_rlds(folder: str | Path, split: str = "train") -> Recordings:
-    """Look at one split of an RLDS dataset, and at whether the others repeat it."""
+def read_rlds(folder: str | Path) -> Recordings:
+    """Look at the split `train` of an RLDS dataset, or its first, and at whether the others repeat it."""
+    source = RLDSSource(Path(folder))
+    split = "train" if "train" in _splits(source) else min(_splits(source), default="train")
     source = RLDSSource(Path(folder), split)
     try:
         episodes = _episodes(source)
@@ -158,8 +160,7 @@ def _descriptions(source: RLDSSource) -> Iterator[Finding]:
 
 
 def _other_splits(source: RLDSSource, action: Vector) -> Iterator[Finding]:
-    names = {file.name.split(".tfrecord")[0].rsplit("-", 1)[-1] for file in source.folder.glob("*.tfrecord-*")}
-    for split in sorted(names - {source.split}):
+    for split in sorted(_splits(source) - {source.split}):
         try:
             other = RLDSSource(source.folder, split)
             vector = _vector(_episodes(other), other.features, "action")
@@ -169,6 +170,10 @@ def _other_splits(source: RLDSSource, action: Vector) -> Iterator[Finding]:
         yield from check_overlap(
             _renamed(action), [Vector(f"the split {split}", vector.names, vector.values, vector.episodes)]
         )
+
+
+def _splits(source: RLDSSource) -> set[str]:
+    return {file.name.split(".tfrecord")[0].rsplit("-", 1)[-1] for file in source.folder.glob("*.tfrecord-*")}
 
 
 def _renamed(action: Vector) -> Vector:
