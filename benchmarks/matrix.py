@@ -66,7 +66,7 @@ class Case(NamedTuple):
     mode: str
 
 
-STEPS = 100
+STEPS = 150
 """Within which every case's loss must fall by half."""
 
 ALL = [Case(*parts) for parts in itertools.product(FUSIONS, HEADS, MODES)]
