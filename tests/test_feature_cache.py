@@ -226,6 +226,15 @@ def test_what_cant_be_cached_is_refused(weights, robot, tmp_path, sections, word
         cached_recipe(weights, robot, tmp_path, **sections)
 
 
+def test_nothing_is_built_that_training_would_refuse(weights, robot, tmp_path):
+    recipe = cached_recipe(weights, robot, tmp_path, memory={"cache": []}, data={"streaming": True})
+    with pytest.raises(RecipeError, match=r"data\.streaming"):
+        build_caches(recipe)
+    trained = {"freeze_vggt": False, "freeze_lang_encoder": False}
+    with pytest.raises(RecipeError, match="Nothing can be cached"):
+        build_caches(cached_recipe(weights, robot, tmp_path, memory={"cache": []}, model=trained))
+
+
 @pytest.mark.parametrize("kind", ["vggt", "lang_encoder"])
 def test_a_shard_that_is_cut_short_is_named_and_built_again_alone(weights, robot, tmp_path, kind):
     recipe = cached_recipe(weights, robot, tmp_path / "cache")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching.keys import BACKBONES, cache_keys, cacheable, token_ids
-from hf_vla.caching.use import ROOT, cache_root, means_of
+from hf_vla.caching.use import ROOT, cache_root, means_of, with_cache
 from hf_vla.data.augmentation import AugmentedDataset
 from hf_vla.data.feature_build import Pairs, Rank, ViewBuild, build_views, is_whole
 from hf_vla.data.feature_cache import MANIFEST, Key, folder_name, read_manifest
@@ -31,6 +31,7 @@ from hf_vla.memory.sizes import format_size, parse_size
 from hf_vla.model.modeling_vla import VLAModel
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
+from hf_vla.recipe.consistency import check_consistency
 from hf_vla.sample import view_name
 
 logger = logging.getLogger(__name__)
@@ -48,13 +49,14 @@ def build_caches(recipe: Recipe, output: Path | None = None, batch_size: int | N
         Their folders.
 
     Raises:
-        RecipeError: if nothing can be cached.
+        RecipeError: if nothing can be cached, or not together with what else the recipe asks for.
         OSError: if the disk is full; what is written is kept.
         ValueError: if a cache would be larger than `memory.cache_budget`.
     """
     names = recipe.memory.cache or cacheable(recipe)
     if not names:
         raise RecipeError("Nothing can be cached: no backbone is frozen and reads nothing that trains.")
+    check_consistency(with_cache(recipe, names))
     train_data, _ = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
     means = means_of(recipe, train_data)
     root = output or cache_root(recipe, train_data)
