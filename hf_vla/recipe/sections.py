@@ -192,7 +192,7 @@ class Memory:
     cache_dir: str | None = None
     """Folder of the caches; None takes `cache/DATASET`."""
     cache_dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
-    """What features are stored as; `float8` takes half as much again, and each number is off by up to 1/16 of itself."""
+    """What features are stored as; `float8` takes half of what `bfloat16` does, each number off by up to 1/16 of itself."""
     cache_copies: int = 0
     """Augmented copies of each observation that are cached, one of which is drawn each time; what augments wants some."""
     cache_budget: str | None = None
