@@ -133,6 +133,7 @@ def kill_case(name: str, kills: int, generator: random.Random, folder: Path) -> 
                 points.append({"seconds": round(limit, 2), **state_of(run)})
                 print(name, points[-1], flush=True)
         differences += compare(run, folder / "undisturbed")
+        print(name, f"{len(points)} kills:", differences[:3] or "bit-exact", flush=True)
     return {
         "name": name,
         "about": case.about,

@@ -142,6 +142,7 @@ def main(
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
+        check_processes(recipe)  # the first to ask accelerate, which else joins no processes on a CPU
         plan = plan_run(recipe)
         ask_doctor(recipe, output, plan, anyway)
         train(recipe, output, resume, plan)
