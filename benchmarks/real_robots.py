@@ -51,13 +51,14 @@ BRIDGE_GROUPS = {
 def main() -> None:
     """Convert, train, evaluate, compare, write."""
     arguments = parse()
-    bridge = arguments.folder / "bridge"
-    if not bridge.exists():
-        convert(RLDSSource(arguments.bridge), bridge, Settings(load_convention("bridge")))
-    robots = {
-        "bridge": describe(bridge, BRIDGE, arguments, arguments.bridge_seeds),
-        "g1": describe(arguments.g1, G1, arguments, other_episodes(arguments.g1)),
-    }
+    robots = {}
+    if arguments.bridge is not None:
+        bridge = arguments.folder / "bridge"
+        if not bridge.exists():
+            convert(RLDSSource(arguments.bridge), bridge, Settings(load_convention("bridge")))
+        robots["bridge"] = describe(bridge, BRIDGE, arguments, arguments.bridge_seeds)
+    if arguments.g1 is not None:
+        robots["g1"] = describe(arguments.g1, G1, arguments, other_episodes(arguments.g1))
     train_side_by_side([t for pairs in robots.values() for pair in pairs.values() for t in pair], arguments.workers)
     results = {name: measure(name, pairs) for name, pairs in robots.items()}
     path = write_result("real_robots", {"robots": results}, arguments.results)
@@ -67,8 +68,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bridge", type=Path, required=True, help="RLDS folder of the Bridge sample")
-    parser.add_argument("--g1", type=Path, required=True, help="LeRobot v2.1 folder of the G1 sample")
+    parser.add_argument("--bridge", type=Path, help="RLDS folder of the Bridge sample; left out without")
+    parser.add_argument("--g1", type=Path, help="LeRobot v2.1 folder of the G1 sample; left out without")
     parser.add_argument("--folder", type=Path, default=Path("runs/real_robots"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
     parser.add_argument("--bridge-seeds", type=int, nargs="+", default=[0, 1, 2])
