@@ -373,12 +373,18 @@ def test_ranks_deal_out_the_shards(views, tmp_path):
     assert content(tmp_path / "ranks/vggt-0") == content(tmp_path / "alone/vggt-0")
 
 
-def test_a_full_disk_is_said_and_what_is_written_is_kept(views, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "kept"), [("shard-00001.safetensors", 1), ("shard-00002.json", 2), ("cache.json", 3)]
+)
+def test_a_full_disk_is_said_and_what_is_written_is_kept(views, tmp_path, file, kept):
     build = make_build(views, tmp_path)
     build.folder.mkdir()
-    (build.folder / "shard-00001.safetensors.part").symlink_to("/dev/full")  # the kernel's own full disk
-    with pytest.raises(OSError, match=r"vggt-0: the disk is full. 1 of \d shards are written, and kept. Make room"):
+    (build.folder / f"{file}.part").symlink_to("/dev/full")  # the kernel's own full disk
+    with pytest.raises(
+        OSError, match=rf"vggt-0: the disk is full. What is written is kept, {kept} shards of the cache"
+    ):
         build_views(build)
+    (build.folder / f"{file}.part").unlink(missing_ok=True)
     assert find_cache(tmp_path, "vggt", {"copies": 0}) is None
     build_views(build)
     assert len(ViewCache(find_cache(tmp_path, "vggt", {"copies": 0})).read(0, 0)) == 2

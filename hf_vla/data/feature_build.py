@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,18 @@ def build_views(build: ViewBuild, rank: Rank = Rank()) -> None:
         ValueError: if it would be larger than it may be.
     """
     build.folder.mkdir(parents=True, exist_ok=True)
+    with said_plainly(build.folder):
+        _build_views(build, rank)
+
+
+def _build_views(build: ViewBuild, rank: Rank) -> None:
     if rank.index == 0:
         reopen(build.folder)
     rank.wait()
     firsts = look(build, rank)
     spans = shard_spans(len(firsts), build)
     missing = [shard for shard in range(len(spans)) if not is_done(build.folder, shard)]
-    check_room(build, sum(spans[shard].stop - spans[shard].start for shard in missing), len(firsts))
+    check_room(build, sum(len(spans[shard]) for shard in missing), len(firsts))
     rank.wait()  # or a rank could see a shard that another has just written as one that needs no dealing
     encode_shards(build, firsts, spans, missing[rank.index :: rank.count])
     rank.wait()
@@ -157,7 +163,7 @@ def reopen(folder: Path) -> None:
     """Turn a cache with damaged shards back into one that is being built, for those to be built again."""
     if (folder / MANIFEST).exists():
         for number, shard in enumerate(read_manifest(folder / MANIFEST)["shards"]):
-            _note(folder, number).write_text(json.dumps(shard))
+            _write_text(_note(folder, number), json.dumps(shard))
         (folder / MANIFEST).unlink()
 
 
@@ -190,9 +196,7 @@ def _merge_looks(build: ViewBuild, ranks: int) -> None:
         digests[index::ranks] = np.load(build.folder / f"looks-{index}-of-{ranks}.npy")
     whole = digests.view(f"V{DIGEST_BYTES}")[:, 0]
     _, firsts, rows = np.unique(whole, return_index=True, return_inverse=True)
-    order = np.argsort(
-        firsts
-    )  # rows stand in the order of the dataset, so that neighbours in time are neighbours here
+    order = np.argsort(firsts)  # as the dataset has them, so that neighbours in time are neighbours in the store
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     _save(build.folder / ROWS, places[rows].reshape(-1, 1 + build.pairs.copies))
@@ -241,37 +245,24 @@ def check_room(build: ViewBuild, missing_rows: int, rows: int) -> None:
     """
     one = row_bytes(build.row_shape, build.stored)
     free = shutil.disk_usage(build.folder).free
-    logger.info(
-        "%s: %d pairs, %d of them different, %s in %s; %s are still to be written, %s are free.",
-        *(
-            build.folder,
-            len(build.pairs),
-            rows,
-            _size(rows * one),
-            build.stored,
-            _size(missing_rows * one),
-            _size(free),
-        ),
-    )
+    whole, missing = _size(rows * one), _size(missing_rows * one)
+    text = "%s: %d pairs, %d of them different, %s in %s; %s are still to be written, %s are free."
+    logger.info(text, build.folder, len(build.pairs), rows, whole, build.stored, missing, _size(free))
     if build.max_bytes is not None and rows * one > build.max_bytes:
         raise ValueError(
-            f"{build.folder}: the cache would take {_size(rows * one)}, and may take {_size(build.max_bytes)} "
+            f"{build.folder}: the cache would take {whole}, and may take {_size(build.max_bytes)} "
             "(memory.cache_budget). Raise that, or lower model.pool_grid, memory.cache_copies or memory.cache_dtype."
         )
     if missing_rows * one > free:
         raise OSError(
-            f"{build.folder}: {_size(missing_rows * one)} are still to be written, and the disk has {_size(free)} free. "
+            f"{build.folder}: {missing} are still to be written, and the disk has {_size(free)} free. "
             "Make room, or choose another --output."
         )
 
 
 @torch.no_grad()
 def encode_shards(build: ViewBuild, firsts: np.ndarray, spans: list[range], shards: list[int]) -> None:
-    """Encode and write this rank's shards.
-
-    Raises:
-        OSError: if a shard can't be written; names how many are there.
-    """
+    """Encode and write this rank's shards."""
     total = sum(len(spans[shard]) for shard in shards)
     loader = _pixels(build, firsts, [spans[shard] for shard in shards])
     for shard in shards:
@@ -279,7 +270,8 @@ def encode_shards(build: ViewBuild, firsts: np.ndarray, spans: list[range], shar
         for _ in _starts(spans[shard], build.batch_size):
             features.append(build.encode(next(loader)).cpu())
             build.tick("encoded", len(features[-1]), total)
-        _write(build, shard, torch.cat(features), len(spans))
+        written = write_shard(build.folder / shard_file(shard), torch.cat(features), build.stored)
+        _write_text(_note(build.folder, shard), json.dumps(written._asdict()))
 
 
 def _pixels(build: ViewBuild, firsts: np.ndarray, spans: list[range]) -> Iterator[Tensor]:
@@ -296,16 +288,21 @@ def _starts(span: range, size: int) -> range:
     return range(span.start, span.stop, size)
 
 
-def _write(build: ViewBuild, shard: int, features: Tensor, shards: int) -> None:
+@contextmanager
+def said_plainly(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full into an error that says what is kept, and what to do.
+
+    Raises:
+        OSError: saying so.
+    """
     try:
-        written = write_shard(build.folder / shard_file(shard), features, build.stored)
-        _note(build.folder, shard).write_text(json.dumps(written._asdict()))
+        yield
     except OSError as error:
         if not is_full(error):
             raise
-        there = len(list(build.folder.glob("shard-*.json")))
+        there = len(list(folder.glob("shard-*.json")))
         raise OSError(
-            f"{build.folder}: the disk is full. {there} of {shards} shards are written, and kept. Make room, then run the "
+            f"{folder}: the disk is full. What is written is kept, {there} shards of the cache. Make room, then run the "
             f"same command again: it goes on from there. ({error.strerror})"
         ) from None
 
@@ -336,9 +333,14 @@ def write_manifest(folder: Path, key: Key, shards: list[StoredShard], facts: dic
         "relative_error": (sum(shard.squared_error for shard in shards) / norm) ** 0.5 if norm else 0.0,
         "shards": [shard._asdict() for shard in shards],
     }
-    aside = folder / f"{MANIFEST}.part"
-    aside.write_text(json.dumps(manifest, indent=1) + "\n")
-    aside.replace(folder / MANIFEST)
+    _write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that a kill leaves a whole one or none."""
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def _note(folder: Path, shard: int) -> Path:

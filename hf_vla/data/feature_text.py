@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_vla.data.feature_build import shard_file, write_manifest
+from hf_vla.data.feature_build import said_plainly, shard_file, write_manifest
 from hf_vla.data.feature_cache import Key
 from hf_vla.data.feature_store import write_shard
 
@@ -27,7 +27,7 @@ def build_texts(
         stored: `float32`, `bfloat16` or `float8`.
 
     Raises:
-        OSError: if the disk is full.
+        OSError: if the disk is full, saying what to do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     states, texts, end = [], {}, 0
@@ -35,5 +35,6 @@ def build_texts(
         states.append(encode(ids))
         texts[task] = [end, end + len(ids)]
         end += len(ids)
-    shard = write_shard(folder / shard_file(0), torch.cat(states), stored)
-    write_manifest(folder, key, [shard], {"stored": stored, "rows": end, "texts": texts})
+    with said_plainly(folder):
+        shard = write_shard(folder / shard_file(0), torch.cat(states), stored)
+        write_manifest(folder, key, [shard], {"stored": stored, "rows": end, "texts": texts})
