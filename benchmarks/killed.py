@@ -121,15 +121,13 @@ def kill_case(name: str, kills: int, generator: random.Random, folder: Path) -> 
     case = CASES[name]
     recipe = make_recipe(case)
     folder.mkdir()
-    started = time.monotonic()
-    run_attempt(recipe, case.processes, folder / "undisturbed", folder / "log", None)
-    seconds = time.monotonic() - started
+    seconds = run_attempt(recipe, case.processes, folder / "undisturbed", folder / "log", None)
     points, differences, k = [], [], 0
     while len(points) < kills:
         run, k = folder / f"killed-{k}", k + 1
         while not (run / "report.html").exists():
             limit = generator.uniform(0.05, 0.9) * seconds if len(points) < kills else None
-            if not run_attempt(recipe, case.processes, run, folder / "log", limit):
+            if run_attempt(recipe, case.processes, run, folder / "log", limit) is None:
                 points.append({"seconds": round(limit, 2), **state_of(run)})
                 print(name, points[-1], flush=True)
         differences += compare(run, folder / "undisturbed")
@@ -152,24 +150,33 @@ def make_recipe(case: Case) -> Recipe:
     return tiny_recipe(**{**case.sections, "data": data, "training": PLAN})
 
 
-def run_attempt(recipe: Recipe, processes: int, run: Path, log: Path, limit: float | None) -> bool:
-    """Train, going on with what is there, and kill it after `limit` seconds; whether it ended before."""
-    start = fork if processes == 1 else launch
-    pid = start(recipe, run, log)
-    deadline = None if limit is None else time.monotonic() + limit
+def run_attempt(recipe: Recipe, processes: int, run: Path, log: Path, limit: float | None) -> float | None:
+    """Train, going on with what is there, and kill it after `limit` seconds.
+
+    The clock of a launched training starts with its first step: starting its processes takes longer than all of it.
+
+    Returns:
+        The seconds that it took, None if it was killed.
+    """
+    steps = run / "memory.jsonl"
+    size = steps.stat().st_size if steps.exists() else 0
+    pid = (fork if processes == 1 else launch)(recipe, run, log)
+    started = time.monotonic() if processes == 1 else None
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             break
-        if deadline and time.monotonic() > deadline:
+        if started is None and steps.exists() and steps.stat().st_size > size:
+            started = time.monotonic()
+        if limit is not None and started is not None and time.monotonic() > started + limit:
             kill_tree(pid)
             os.waitpid(pid, 0)
-            return False
+            return None
         time.sleep(0.005)
     code = os.waitstatus_to_exitcode(status)
     if code:
         raise SystemExit(f"The training failed with exit code {code}:\n{log.read_text()[-4000:]}")
-    return True
+    return time.monotonic() - (started or time.monotonic())
 
 
 def fork(recipe: Recipe, run: Path, log: Path) -> int:
