@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_vla.memory.materialize import fill
+from hf_vla.memory.materialize import fill, quantized_kind
 
 STD = 0.02
 
@@ -12,9 +12,9 @@ def fill_with_random(model: nn.Module) -> None:
     """Give a model random weights, and its quantised layers quantised ones."""
     fill(model, _random)
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
+        if quantized_kind(module) == "Linear4bit":
             _quantize_4bit(module)
-        elif type(module).__name__ == "Linear8bitLt":
+        elif quantized_kind(module) == "Linear8bitLt":
             _quantize_8bit(module)
 
 

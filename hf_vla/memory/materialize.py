@@ -16,9 +16,15 @@ def fill_with_fake(model: nn.Module) -> None:
     """Replace a model's meta tensors by fake CPU ones; to be called under FakeTensorMode."""
     fill(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     for module in model.modules():
-        quantize = _QUANTIZED.get(type(module).__name__)
+        quantize = _QUANTIZED.get(quantized_kind(module))
         if quantize:
             quantize(module)
+
+
+def quantized_kind(module: nn.Module) -> str | None:
+    """Name the class of a layer that bitsandbytes quantises; PEFT's adapters around such layers bear the same name."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("bitsandbytes.") else None
 
 
 def fill(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_vla.memory.in_backward import OptimizerInBackward
+from hf_vla.memory.materialize import quantized_kind
 from hf_vla.memory.tracker import MemoryTracker
 from hf_vla.recipe import Recipe
 
@@ -132,7 +133,7 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     tensors = [*module.parameters(), *module.buffers()]
     for state in filter(None, [getattr(tensor, "quant_state", None) for tensor in tensors]):
         tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    layers = [layer for layer in module.modules() if type(layer).__name__ == "Linear8bitLt"]
+    layers = [layer for layer in module.modules() if quantized_kind(layer) == "Linear8bitLt"]
     return tensors + [layer.state.SCB for layer in layers]
 
 
