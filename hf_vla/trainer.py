@@ -21,6 +21,7 @@ from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
 from hf_vla.memory.monitor import MemoryMonitor
+from hf_vla.memory.update import guard_update
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
 from hf_vla.resumable import ResumableTrainer
@@ -156,11 +157,15 @@ class VLATrainer(ResumableTrainer):
         return (losses * counts).sum() / counts.sum().clamp_min(1), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer and, where the recipe says so, move its work into the backward."""
+        """Create the optimizer; guard its update against running out of memory, or move its work into the backward."""
+        if self.optimizer is not None:
+            return self.optimizer
         optimizer = super().create_optimizer(model)
-        if self.recipe.memory.optimizer_in_backward and self.in_backward is None:
+        if self.recipe.memory.optimizer_in_backward:
             average = (lambda parameter: None) if ranks.is_alone() else ranks.average
             self.in_backward = OptimizerInBackward(optimizer, average)
+        else:
+            guard_update(optimizer, self.tell, partial(self._stop, code=ranks.RESTART))
         return optimizer
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -275,6 +280,11 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
             "training.fp16 is true, but there is no GPU, and CPUs train silently in float32 then: "
             "set it false (training.bf16 works on a CPU)."
         )
+    for key in ("dataloader_drop_last", "ignore_data_skip"):
+        if values.get(key):
+            raise RecipeError(
+                f"training.{key} can't be true: every sample is seen once an epoch, also in a run that goes on."
+            )
     try:
         return TrainingArguments(
             output_dir=output_dir,
