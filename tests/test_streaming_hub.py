@@ -1,5 +1,6 @@
 """Streaming from a Hub on this machine: meta/ ahead, the rest as it is read, and one error for what isn't there."""
 
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ from hf_vla.data.mixture import order_of
 from hf_vla.data.streaming import StreamedDataset, open_stream
 from hf_vla.data.windows import WindowDataset
 from tests.hub_server import serve
-from tests.test_streaming import PAIR, assert_same
+from tests.test_streaming import PAIR, SHARED, assert_same, view
 
 REPO = "ada/doors"
 
@@ -87,3 +88,16 @@ def test_what_cant_be_streamed_is_one_clear_error(hub, doors, monkeypatch, chang
     change(hub)
     with pytest.raises(FileNotFoundError, match=words):
         open_stream(repo, revision)
+
+
+def test_real_video_is_decoded_where_it_lies(hub):
+    root = SHARED / "data/g1_inspire_v21_dev"
+    if not root.is_dir():
+        pytest.skip("the real samples aren't here")
+    shutil.copytree(root, hub.folder / REPO, copy_function=shutil.copyfile)
+    views = [view("cam_high"), view("cam_high", -8)]
+    whole = WindowDataset(open_dataset(root), views, 8)
+    streamed = StreamedDataset(open_stream(REPO), views, 8)
+    for i in (5, len(whole) - 1):
+        assert_same(streamed[i]._replace(source=""), whole[i]._replace(source=""))
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.mp4"))

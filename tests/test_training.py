@@ -199,6 +199,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(tmp_path):
         ({"memory": {"gpus": 2}}, RecipeError, "2 processes were asked for"),
         ({"memory": {"cache": ["vggt"]}, "model": FROZEN}, RecipeError, "makes at random"),
         ({"training": {"save_strategy": "sometimes"}}, RecipeError, "sometimes"),
+        ({"training": {"dataloader_drop_last": True}}, RecipeError, "every sample is seen once"),
         ({"model": {"vggt": "no/such/weights.safetensors"}}, FileNotFoundError, "no/such"),
     ],
 )
