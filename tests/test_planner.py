@@ -174,7 +174,9 @@ def test_an_effective_batch_divides_over_the_gpus(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["safe", "lora", "qlora", "balanced", "max", "full_language", "end_to_end"])
+@pytest.mark.parametrize(
+    "name", ["safe", "lora", "lora_flow", "lora_discrete", "qlora", "balanced", "max", "full_language", "end_to_end"]
+)
 def test_the_recipes_fit_their_budgets(name, request):
     made = load_recipe(request.config.rootpath / f"recipes/{name}.json")
     plan = plan_recipe(made, gpu=GPU.name)
@@ -182,3 +184,13 @@ def test_the_recipes_fit_their_budgets(name, request):
     if name == "lora":
         assert plan.batch_size >= 8
         assert parse_size("28GiB") == plan.budget
+
+
+def test_recipes_quote_the_peaks_that_were_planned(request):
+    root = request.config.rootpath
+    planned = json.loads((root / "benchmarks/results/plans.json").read_text())["plans"]
+    totals = {row["recipe"]: row["total"] for row in planned}
+    quoted = {str(p.relative_to(root)): json.loads(p.read_text())["about"] for p in (root / "recipes").glob("*.json")}
+    assert {name: about["predicted_peak_bytes"] for name, about in quoted.items()} == {
+        name: totals[name] for name in quoted
+    }
