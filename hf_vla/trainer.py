@@ -144,7 +144,8 @@ class VLATrainer(ResumableTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate one batch; where it doesn't fit, in pieces, weighted by what counts in each."""
         step = partial(super().prediction_step, model, prediction_loss_only=True)
-        self.take_skipped([inputs])
+        for text in self.take_skipped([inputs]):
+            self.tell("skipped_in_evaluation", f"A held-out sample was left out (data.on_error): {text}")
         inputs = self._prepare_inputs(inputs)
         inputs["draws"] = self.bare_model().draws(inputs["actions"])
         parts = self.evaluation_batcher.run(inputs, lambda part: (step(part)[0], (~part["action_is_pad"]).sum()))

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import hf_vla.train
 from benchmarks.killed import compare
 from hf_vla import saving
+from hf_vla.data.loader import SKIPPED
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
 from hf_vla.run import read_info
@@ -252,3 +253,14 @@ def test_skipped_samples_are_counted_in_the_runs_file(tmp_path):
     skipped = read_info(run)["skipped"]
     assert skipped["samples"] == 3 + 6
     assert all("file-001.parquet" in text for text in skipped["first"])
+
+
+def test_a_held_out_sample_that_is_left_out_is_told(tmp_path):
+    trainer = build_trainer(tiny_recipe(data={"on_error": "skip"}), tmp_path)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    assert batch[SKIPPED] == []
+    batch[SKIPPED] = ["episode 3 is broken"]
+    trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    [event] = read_info(tmp_path)["events"]
+    assert event["kind"] == "skipped_in_evaluation"
+    assert "episode 3 is broken" in event["text"]
