@@ -28,7 +28,7 @@ from benchmarks.full_size import Case, device, make_trainer, model_flops, now, p
 from benchmarks.random_weights import fill_with_random
 from benchmarks.result import RESULTS, write_result
 from hf_vla.assemble import build_config, build_on_meta
-from hf_vla.memory.gpus import find_gpu, write_calibration
+from hf_vla.memory.gpus import facts_of, write_calibration
 from hf_vla.memory.meter import GPUMeter, HostMeter, Meter
 from hf_vla.memory.microbatch import Fit
 from hf_vla.trainer import VLATrainer, training_arguments
@@ -128,7 +128,7 @@ def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
 def calibrate(results: Path) -> dict[str, Any]:
     """Make the planner's constants of what `device` and `lora` measured; on a GPU, store them for its next plan."""
     measured, lora = (json.loads((results / f"{part}.json").read_text()) for part in ("device", "lora"))
-    sheet = find_gpu(measured["gpu"])
+    sheet = facts_of(measured["gpu"])
     speed = lora["utilisation"] * lora["matrix_rate"] / sheet.half_flops
     constants = {
         "context_bytes": lora["outside_allocator_bytes"],
@@ -179,7 +179,7 @@ def measure_training(case: Case, meter: Meter, is_small: bool) -> dict[str, Any]
 def measure_device(meter: Meter, is_small: bool) -> dict[str, Any]:
     """Measure what the planner takes as constants: rates of arithmetic and memory, the context's bytes."""
     rate, bandwidth = matrix_rate(is_small), memory_rate(is_small)
-    sheet = find_gpu(gpu_name(meter))
+    sheet = facts_of(gpu_name(meter))
     return {
         "measured_on": meter.name,
         "gpu": sheet.name,

@@ -8,7 +8,7 @@ from tiny_plan import SHAPES, tiny_recipe
 
 from hf_vla import planning
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.gpus import GPUS, find_gpu, write_calibration
+from hf_vla.memory.gpus import GPUS, facts_of, find_gpu, write_calibration
 from hf_vla.memory.ladder import search
 from hf_vla.memory.plan_table import render_candidates, render_plan
 from hf_vla.memory.planner import make_plan, plan_recipe
@@ -108,6 +108,16 @@ def test_gpus_are_found_by_the_drivers_names():
     assert find_gpu("NVIDIA GeForce RTX 4090").name == "RTX 4090"
     with pytest.raises(ValueError, match="known are"):
         find_gpu("Voodoo 2")
+
+
+def test_a_gpu_that_is_here_and_not_listed_is_planned_for_by_another_and_the_plan_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = facts_of("NVIDIA Voodoo 2")
+    assert facts.name == "NVIDIA Voodoo 2"
+    assert facts.context_bytes == find_gpu().context_bytes
+    assert "nothing is known about a NVIDIA Voodoo 2" in facts.source
+    write_calibration(replace(facts, context_bytes=321 * MIB, source="measured"))
+    assert (facts_of("NVIDIA Voodoo 2").context_bytes, facts_of("NVIDIA Voodoo 2").source) == (321 * MIB, "measured")
 
 
 def test_measured_constants_replace_stated_ones(monkeypatch, tmp_path):

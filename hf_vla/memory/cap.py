@@ -3,7 +3,7 @@
 import torch
 
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.gpus import find_gpu
+from hf_vla.memory.gpus import facts_of
 from hf_vla.memory.sizes import format_size, parse_size
 from hf_vla.recipe import Recipe
 
@@ -19,11 +19,10 @@ def keep_to_budget(recipe: Recipe, processes: int = 1) -> int | None:
 
     Raises:
         MemoryBudgetError: if the budget doesn't even hold what lies beside the allocator.
-        ValueError: for a GPU that no facts are known of.
     """
     if recipe.memory.budget is None or recipe.training.get("use_cpu") or not torch.cuda.is_available():
         return None
-    gpu = find_gpu(torch.cuda.get_device_name())
+    gpu = facts_of(torch.cuda.get_device_name())
     outside = gpu.context_bytes + (gpu.nccl_bytes if processes > 1 else 0)
     allowed = parse_size(recipe.memory.budget) - outside
     if allowed <= 0:

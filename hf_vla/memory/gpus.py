@@ -81,6 +81,15 @@ def find_gpu(name: str = DEFAULT) -> GPU:
     return replace(found[0], **measured)
 
 
+def facts_of(name: str) -> GPU:
+    """Give the facts of a GPU that is here; one that isn't listed is planned for by another's, and the plan says so."""
+    try:
+        return find_gpu(name)
+    except ValueError:
+        source = f"{DEFAULT}'s stated margin: nothing is known about a {name}; `hf-vla probe` measures it"
+    return replace(find_gpu(DEFAULT), **{"name": name, "source": source, **read_calibration().get(name, {})})
+
+
 def read_calibration() -> dict[str, dict]:
     """Read the measured constants of each GPU; empty where nothing has been measured yet."""
     path = calibration_file()

@@ -14,9 +14,9 @@ from multiprocessing import get_context
 from typing import Any
 
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.gpus import GPU, find_gpu
+from hf_vla.memory.gpus import GPU
 from hf_vla.memory.ledger import TELLING
-from hf_vla.memory.planner import Plan, make_plan, plan_recipe, samples_per_second
+from hf_vla.memory.planner import Plan, gpu_to_plan_for, make_plan, plan_recipe, samples_per_second
 from hf_vla.memory.shapes import Shapes, read_shapes
 from hf_vla.memory.sizes import GIB, format_size
 from hf_vla.memory.trace import Trace, state_bytes, trace
@@ -107,7 +107,7 @@ def search(
         ValueError: if the effective batch can't be divided over the GPUs.
     """
     base = base or make_recipe({})
-    shapes, facts = shapes or read_shapes(base), find_gpu(gpu) if gpu else find_gpu()
+    shapes, facts = shapes or read_shapes(base), gpu_to_plan_for(gpu)
     _check_effective_batch(wish)
     ways = _ways(wish, base, shapes, workers)
     room = budget - facts.context_bytes - facts.cublas_bytes

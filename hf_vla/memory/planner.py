@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_vla.memory.allocator import reserved_peak
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.gpus import DEFAULT, GPU, find_gpu
+from hf_vla.memory.gpus import DEFAULT, GPU, facts_of, find_gpu
 from hf_vla.memory.ledger import PHASES, Ledger
 from hf_vla.memory.nvml import default_budget, read_gpus
 from hf_vla.memory.shapes import Shapes, read_shapes
@@ -109,7 +109,7 @@ def plan_recipe(
     shapes = shapes or read_shapes(recipe)
     count = gpus or recipe.memory.gpus or 1
     budget = find_budget(recipe, budget, count)
-    return make_plan(recipe, trace(recipe, shapes), budget, count, find_gpu(gpu or _gpu_here()), shapes)
+    return make_plan(recipe, trace(recipe, shapes), budget, count, gpu_to_plan_for(gpu), shapes)
 
 
 def make_plan(recipe: Recipe, traced: Trace, budget: int | None, gpus: int, gpu: GPU, shapes: Shapes) -> Plan:
@@ -202,7 +202,9 @@ def _notes(recipe: Recipe, shapes: Shapes, gpus: int) -> list[str]:
     return notes
 
 
-def _gpu_here() -> str:
-    """Name the GPU that would be used here; the guide's where there is none."""
+def gpu_to_plan_for(name: str | None = None) -> GPU:
+    """Give the facts of the GPU that was named, else of the one that is here, else of the guide's."""
     found = read_gpus().gpus
-    return found[0].name if found else DEFAULT
+    if name or not found:
+        return find_gpu(name or DEFAULT)
+    return facts_of(found[0].name)

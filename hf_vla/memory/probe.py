@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla.memory.gpus import find_gpu, write_calibration
+from hf_vla.memory.gpus import facts_of, write_calibration
 from hf_vla.memory.meter import Meter, Usage
 from hf_vla.memory.sizes import format_size
 from hf_vla.run import now
@@ -120,13 +120,9 @@ def fit_line(measurements: list[Measurement]) -> tuple[int, int]:
 
 
 def calibrate(result: ProbeResult) -> None:
-    """Store what the process took beside its allocator, for the next plan for this kind of GPU.
-
-    Raises:
-        ValueError: if no facts about such a GPU are known.
-    """
+    """Store what the process took beside its allocator, for the next plan for this kind of GPU."""
     source = f"measured by hf-vla probe, {now()[:10]}; the allocator held {result.overhead:.2f} x the tensors' peak"
-    write_calibration(replace(find_gpu(result.measured_on), context_bytes=result.outside, source=source))
+    write_calibration(replace(facts_of(result.measured_on), context_bytes=result.outside, source=source))
 
 
 def _measure_line(run: Run, meter: Meter, allowed: int, largest: int) -> list[Measurement]:
