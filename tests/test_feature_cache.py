@@ -20,12 +20,14 @@ from hf_vla.caching import build_caches, settle_caches, with_cache
 from hf_vla.checkpoint import save_checkpoint
 from hf_vla.data import feature_build
 from hf_vla.data.feature_build import Pairs, Rank, ViewBuild, build_views
-from hf_vla.data.feature_cache import CachedDataset, ViewCache, find_cache
+from hf_vla.data.feature_cache import MANIFEST, CachedDataset, ViewCache, find_cache, read_manifest
 from hf_vla.data.feature_store import pack, unpack
 from hf_vla.data.mixture import CameraView, build_datasets
 from hf_vla.data.windows import WindowDataset
 from hf_vla.fingerprint import FileDigests
 from hf_vla.memory.preflight import run_checks
+from hf_vla.memory.shapes import Shapes
+from hf_vla.memory.trace import make_batch
 from hf_vla.policy import Policy
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe, RecipeError
@@ -68,6 +70,7 @@ def losses(recipe: Recipe, folder: Path) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
 
 
+BF16 = {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}, "memory": {"cache_dtype": "auto"}}
 LORA = {"lora": {"apply_to": ["lang_encoder"], "r": 4, "lora_dropout": 0.1}, "memory": {"cache": ["vggt"]}}
 
 
@@ -83,8 +86,9 @@ LORA = {"lora": {"apply_to": ["lang_encoder"], "r": 4, "lora_dropout": 0.1}, "me
             marks=pytest.mark.slow,
         ),
         ({**LORA, "model": {"fusion": {"type": "prefix"}}, "training": {"activation_checkpointing": True}}, 1e-5),
+        (BF16, 1e-5),
     ],
-    ids=["float32", "bfloat16", "float8", "centred", "lora"],
+    ids=["float32", "bfloat16", "float8", "centred", "lora", "bf16 run"],
 )
 def test_training_and_evaluating_from_caches_give_the_losses_of_running_the_backbones(
     weights, robot, tmp_path, sections, tolerance
@@ -95,6 +99,18 @@ def test_training_and_evaluating_from_caches_give_the_losses_of_running_the_back
     alone = losses(with_cache(recipe, []), tmp_path / "uncached")
     assert len(from_cache) == len(alone) == 6
     np.testing.assert_allclose(from_cache, alone, rtol=tolerance)
+
+
+def test_what_is_stored_follows_from_what_backbones_hand_over(weights, robot, tmp_path):
+    for dtype in ("float32", "bfloat16"):  # no training: only what is written, and what the plan counts on
+        recipe = cached_recipe(weights, robot, tmp_path, model={"dtype": dtype}, memory={"cache_dtype": "auto"})
+        explicit = dataclasses.replace(recipe, memory=dataclasses.replace(recipe.memory, cache_dtype=dtype))
+        folders = build_caches(recipe)
+        assert build_caches(explicit) == folders
+        assert {read_manifest(f / MANIFEST)["stored"] for f in folders} == {dtype}
+        assert {read_manifest(f / MANIFEST)["relative_error"] for f in folders} == {0.0}
+        batch = make_batch(build_trainer(recipe, tmp_path / dtype).model.config, Shapes(), recipe, 1)
+        assert {batch[name].dtype for name in ("view_features", "text_features")} == {getattr(torch, dtype)}
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +302,7 @@ def make_build(dataset: WindowDataset, folder: Path, copies: int = 0, **options)
         folder=folder / "vggt-0",
         key={"copies": copies},
         episodes=[(episode.index, episode.length) for episode in dataset.episodes],
-        pairs=Pairs(dataset, prepare, copies, Brighter(dataset) if copies else None),
+        pairs=Pairs(dataset, prepare, dataset.look, copies, Brighter(dataset) if copies else None),
         encode=encode_pixels,
         row_shape=(len(dataset.views), 4, 3),
         stored="float32",

@@ -3,9 +3,11 @@
 Letters: B batch, V views, H W pixels, g grid side after pooling, L text tokens, D LLaMA width, C VGGT width.
 """
 
+import dataclasses
 import json
 import logging
 import shlex
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,9 @@ from hf_vla.recipe import Recipe, RecipeError
 from hf_vla.recipe.consistency import check_consistency
 from hf_vla.sample import view_name
 
+AT_ONCE = 16
+"""Pairs that fill a GPU beside nothing but VGGT."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +48,7 @@ def build_caches(recipe: Recipe, output: Path | None = None, batch_size: int | N
     Args:
         recipe: the run; where `memory.cache` names nothing, all that can be cached is.
         output: folder that they are built in; None takes `memory.cache_dir`, or `cache/DATASET`.
-        batch_size: observations that VGGT encodes at once; None takes the recipe's.
+        batch_size: observations that VGGT encodes at once; None takes the recipe's, or `AT_ONCE` if that is more.
 
     Returns:
         Their folders.
@@ -98,7 +103,7 @@ def build_text_states(recipe: Recipe, train_data: WindowDataset, folder: Path, k
     """Build the cache of LLaMA's states; few as instructions are, the first rank encodes them all."""
     if state.is_main_process:
         encode = partial(encode_text, recipe, _load(recipe, train_data, "lang_encoder", state))
-        build_texts(folder, key, token_ids(recipe, train_data), encode, recipe.memory.cache_dtype)
+        build_texts(folder, key, token_ids(recipe, train_data), encode, recipe.stored_dtype)
     state.wait_for_everyone()
 
 
@@ -121,11 +126,11 @@ def build_view_tokens(
             folder=folder,
             key=key,
             episodes=[(episode.index, episode.length) for episode in whole.episodes],
-            pairs=Pairs(whole, prepare, recipe.memory.cache_copies, augmented),
+            pairs=Pairs(whole, prepare, looks_of(recipe, whole), recipe.memory.cache_copies, augmented),
             encode=partial(encode_views, recipe, model),
             row_shape=(model.config.num_views, model.config.pool_grid**2, 2 * model.config.vggt_config.embed_dim),
-            stored=recipe.memory.cache_dtype,
-            batch_size=batch_size or recipe.data.batch_size,
+            stored=recipe.stored_dtype,
+            batch_size=batch_size or max(recipe.data.batch_size, AT_ONCE),
             workers=recipe.data.num_workers,
             max_bytes=recipe.memory.cache_budget and parse_size(recipe.memory.cache_budget),
             tick=Ticker(progress),
@@ -135,10 +140,20 @@ def build_view_tokens(
 
 
 def _load(recipe: Recipe, train_data: WindowDataset, name: str, state: PartialState) -> VLAModel:
-    """Load one backbone alone."""
+    """Load one backbone alone; what is cached has no adapters, and those of others aren't needed."""
     info, others = train_data.info, [other for other in BACKBONES if other != name]
     config = build_config(recipe, len(train_data.views), info.state_dim, info.action_dim)
-    return build_model(recipe, config, without=others).model.to(state.device).eval()
+    alone = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, apply_to=[]))
+    return build_model(alone, config, without=others).model.to(state.device).eval()
+
+
+def looks_of(recipe: Recipe, dataset: WindowDataset) -> Callable[[int], bytes]:
+    """Give what tells samples apart: their pictures, and nothing where all are shown the mean one."""
+    return dataset.look if recipe.data.pictures == "seen" else _all_alike
+
+
+def _all_alike(index: int) -> bytes:
+    return b""
 
 
 def _processor(recipe: Recipe, train_data: WindowDataset, means: np.ndarray | None) -> VLAProcessor:

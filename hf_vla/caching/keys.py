@@ -43,7 +43,7 @@ def cache_keys(
     for name in names:
         check_cacheable(recipe, name)
         own = view_key(recipe, dataset, means, digests) if name == "vggt" else text_key(recipe, dataset, digests)
-        keys[name] = {**own, "precision": precision(recipe), "stored": recipe.memory.cache_dtype}
+        keys[name] = {**own, "precision": precision(recipe), "stored": recipe.stored_dtype}
     digests.keep()
     return keys
 

@@ -1,8 +1,8 @@
 """Building a cache of view features: look at every pair, encode each different one once, and survive being stopped.
 
-First every pair is looked at, so that pairs that look the same are stored once and the size is known before anything is
-encoded. Then shards are written, each whole or not at all; ranks deal them out among themselves. A build that was killed,
-or ran into a full disk, goes on with the shards that are missing, with whatever number of ranks.
+First every pair is looked at, undecoded, so that pairs of the same pictures are stored once and the size is known before
+anything is encoded. Then shards are written, each whole or not at all; ranks deal them out among themselves. A build that
+was killed, or ran into a full disk, goes on with the shards that are missing, with whatever number of ranks.
 
 Letters: N samples, K augmented copies, V views, H W pixels, M pairs (N x (1 + K)), R rows (pairs that differ).
 """
@@ -42,12 +42,21 @@ class Pairs(Dataset):
     Args:
         dataset: the whole dataset's samples.
         prepare: B lists of V pictures to pixels (B, V, 3, H, W), as training prepares them.
+        look: tells a sample's pictures from those of others.
         copies: K.
         augmented: the dataset with augmentation, asked for K epochs; not read where K is 0.
     """
 
-    def __init__(self, dataset, prepare: Callable[[list], Tensor], copies: int = 0, augmented: Dataset | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        prepare: Callable[[list], Tensor],
+        look: Callable[[int], bytes],
+        copies: int = 0,
+        augmented: Dataset | None = None,
+    ):
         self.dataset, self.prepare, self.copies, self.augmented = dataset, prepare, copies, augmented
+        self._look = look
 
     def __len__(self) -> int:
         return len(self.dataset) * (1 + self.copies)
@@ -58,22 +67,11 @@ class Pairs(Dataset):
         shown = self.dataset.pictures(index) if copy == 0 else self.augmented[Draw(index, copy - 1)].images
         return self.prepare([shown])[0]
 
-
-class Looks(Dataset):
-    """A digest of each pair: those that look the same to VGGT have the same."""
-
-    def __init__(self, pairs: Pairs):
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, pair: int) -> np.ndarray:
-        """Give one pair's digest, (16,) uint8."""
-        pixels = self.pairs[pair].contiguous()
-        digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=DIGEST_BYTES)
-        digest.update(pixels.numpy())
-        return np.frombuffer(digest.digest(), np.uint8)
+    def look(self, pair: int) -> np.ndarray:
+        """Give one pair's digest, (16,) uint8: pairs of one digest look the same; each augmented copy is drawn alone."""
+        index, copy = divmod(pair, 1 + self.copies)
+        seen = self._look(index) if copy == 0 else f"copy {pair}".encode()
+        return np.frombuffer(hashlib.blake2b(seen, digest_size=DIGEST_BYTES).digest(), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -181,13 +179,12 @@ def look(build: ViewBuild, rank: Rank) -> np.ndarray:
 
 
 def _digests(build: ViewBuild, pairs: range) -> np.ndarray:
-    batches = [list(pairs[i : i + build.batch_size]) for i in range(0, len(pairs), build.batch_size)]
-    loader = DataLoader(Looks(build.pairs), batch_sampler=batches, num_workers=build.workers, collate_fn=np.stack)
-    found = []
-    for batch in loader:
-        found.append(batch)
+    found = np.empty((len(pairs), DIGEST_BYTES), np.uint8)
+    for start in _starts(range(len(pairs)), build.batch_size):
+        batch = pairs[start : start + build.batch_size]
+        found[start : start + len(batch)] = [build.pairs.look(pair) for pair in batch]
         build.tick("looked at", len(batch), len(pairs))
-    return np.concatenate(found)
+    return found
 
 
 def _merge_looks(build: ViewBuild, ranks: int) -> None:
@@ -260,7 +257,7 @@ def check_room(build: ViewBuild, missing_rows: int, rows: int) -> None:
         )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def encode_shards(build: ViewBuild, firsts: np.ndarray, spans: list[range], shards: list[int]) -> None:
     """Encode and write this rank's shards."""
     total = sum(len(spans[shard]) for shard in shards)

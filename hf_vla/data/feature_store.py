@@ -41,7 +41,7 @@ class StoredShard(NamedTuple):
     squared_error: float
     """Sum over all entries of (stored - exact)²."""
     squared_norm: float
-    """Sum over all entries of exact²."""
+    """Sum over all entries of exact²; 0 where nothing was rounded."""
 
 
 def row_bytes(shape: Sequence[int], stored: str) -> int:
@@ -76,8 +76,8 @@ def write_shard(path: Path, features: Tensor, stored: str) -> StoredShard:
     Raises:
         OSError: if the disk is full, or can't be written to; nothing half-written stays.
     """
-    tensors = pack(features.cpu(), stored)
-    error = unpack(tensors[FEATURES], tensors.get(SCALES)).double() - features.cpu().double()
+    features = features.cpu()
+    tensors = pack(features, stored)
     content = save(tensors)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -89,8 +89,19 @@ def write_shard(path: Path, features: Tensor, stored: str) -> StoredShard:
         part.unlink(missing_ok=True)
         raise
     part.replace(path)
-    norm = features.double().square().sum().item()
-    return StoredShard(path.name, len(features), len(content), zlib.crc32(content), error.square().sum().item(), norm)
+    return StoredShard(path.name, len(features), len(content), zlib.crc32(content), *_squares(features, tensors))
+
+
+def _squares(features: Tensor, tensors: dict[str, Tensor]) -> tuple[float, float]:
+    """Sum the squares of what storing has changed, and of all there was; of nothing where nothing is changed."""
+    if SCALES not in tensors and tensors[FEATURES].dtype == features.dtype:
+        return 0.0, 0.0
+    error = unpack(tensors[FEATURES], tensors.get(SCALES)).float() - features.float()
+    return _squared_norm(error), _squared_norm(features)
+
+
+def _squared_norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
 
 
 def is_full(error: OSError) -> bool:

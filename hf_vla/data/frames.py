@@ -1,5 +1,6 @@
 """Pictures that are embedded in the rows of a table, decoded one at a time; and pictures kept once they are decoded."""
 
+import hashlib
 import io
 from typing import Protocol
 
@@ -8,12 +9,18 @@ from PIL import Image, UnidentifiedImageError
 
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
 
+LOOK_BYTES = 16
+"""Of the digest that tells pictures apart."""
+
 
 class Frames(Protocol):
     """One camera of a dataset."""
 
     def read(self, episode: Episode, frame: int) -> np.ndarray:
         """Give the picture of one frame as (H, W, 3) uint8 RGB."""
+
+    def look(self, episode: Episode, frame: int) -> bytes:
+        """Tell the picture of one frame from others without decoding it: those of the same digest look the same."""
 
 
 class CachedFrames:
@@ -40,6 +47,10 @@ class CachedFrames:
             self._bytes += picture.nbytes
             self._kept[row] = picture
         return picture
+
+    def look(self, episode: Episode, frame: int) -> bytes:
+        """Tell the picture of one frame from others."""
+        return self._frames.look(episode, frame)
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}, "_bytes": 0}
@@ -69,6 +80,11 @@ class EmbeddedFrames:
                 f"{self._root / episode.file}: {self._key} of episode {episode.index}, frame {frame}, "
                 f"can't be decoded: {error}"
             ) from None
+
+    def look(self, episode: Episode, frame: int) -> bytes:
+        """Digest the encoded picture of one frame, or the path of its file."""
+        encoded, path = self._fetch(episode.first_row + frame)
+        return hashlib.blake2b(encoded if encoded is not None else path.encode(), digest_size=LOOK_BYTES).digest()
 
     def _open(self) -> None:
         chunks = self._table.data.column(self._key).chunks

@@ -66,6 +66,11 @@ class VideoFrames:
                 f"at {seconds:.3f} s: {error}"
             ) from None
 
+    def look(self, episode: Episode, frame: int) -> bytes:
+        """Say which frame of which file it is: whether others look the same takes decoding, and isn't asked."""
+        span = episode.videos[self._camera]
+        return f"{span.file}\n{span.start + float(self._timestamps[episode.first_row + frame])}\n".encode()
+
     def _reader(self, file: str) -> "_Reader":
         if self._owner != os.getpid():  # a forked worker can't use its parent's decoder threads
             self._readers, self._owner = OrderedDict(), os.getpid()

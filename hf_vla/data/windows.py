@@ -98,6 +98,11 @@ class WindowDataset(Dataset):
         episode, frame = self.locate(i)
         return [self._frames[view.camera].read(episode, _frame_of(view, frame, episode)) for view in self.views]
 
+    def look(self, i: int) -> bytes:
+        """Tell the pictures of sample `i` from those of others, without decoding them: the same digests, the same looks."""
+        episode, frame = self.locate(i)
+        return b"".join(self._frames[v.camera].look(episode, _frame_of(v, frame, episode)) for v in self.views)
+
     def without_pictures(self, i: int) -> Sample:
         """Give sample `i` without reading its pictures; its `images` are empty."""
         episode, frame = self.locate(i)

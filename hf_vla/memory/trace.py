@@ -142,7 +142,7 @@ def rehearse(
 def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: int) -> dict[str, Tensor]:
     """Make a batch as the collator would, of zeros: pixels or cached features, ids or cached states."""
     B, V, L, size = batch_size, shapes.num_views, shapes.text_tokens, recipe.data.image_size
-    dtype = torch.float32 if recipe.memory.cache_dtype == "float32" else torch.bfloat16
+    dtype = torch.float32 if recipe.stored_dtype == "float32" else torch.bfloat16
     batch = {
         "state": torch.zeros(B, shapes.state_dim),
         "actions": torch.zeros(B, config.chunk_size, shapes.action_dim),

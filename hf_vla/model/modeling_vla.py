@@ -149,7 +149,8 @@ class VLAModel(VLAPreTrainedModel):
             pixel_values: (B, V, 3, H, W) in [0, 1].
 
         Returns:
-            (B, V, g², 2C): exactly what a cache stores and what `view_features` takes.
+            (B, V, g², 2C): exactly what a cache stores and what `view_features` takes. VGGT's residual stream is float32
+            whatever it computes in; its tokens leave in the dtype of its weights, so that storing them rounds nothing.
 
         Raises:
             ValueError: if VGGT is left out, or the pictures have fewer patches than the grid.
@@ -161,7 +162,8 @@ class VLAModel(VLAPreTrainedModel):
             patches = tokens[:, :, self.vggt.num_special_tokens :].flatten(0, 1)
             h, w = (side // self.config.vggt_config.patch_size for side in pixel_values.shape[-2:])
             grid = patches.transpose(1, 2).unflatten(-1, (h, w))
-            return pool_patches(grid, self.config.pool_grid).unflatten(0, pixel_values.shape[:2])
+            pooled = pool_patches(grid, self.config.pool_grid).unflatten(0, pixel_values.shape[:2])
+            return pooled.to(self.vggt.dtype)
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """Run LLaMA over text alone.
@@ -173,14 +175,15 @@ class VLAModel(VLAPreTrainedModel):
             input_ids: (B, L), padded on the right.
 
         Returns:
-            (B, L, D): last hidden states, those of padding meaningless.
+            (B, L, D): last hidden states in the dtype of LLaMA's weights, those of padding meaningless.
         """
         if self.lang_encoder is None:
             raise ValueError(
                 "This model is without its language encoder, and can't encode input_ids: give text_features."
             )
         with _grad_if_trained(self.lang_encoder):
-            return self.lang_encoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            states = self.lang_encoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            return states.to(self.lang_encoder.dtype)
 
 
 class VLAForActionPrediction(VLAPreTrainedModel):
