@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hf_vla import run
+from hf_vla.data.mixed import MixedDataset
 from hf_vla.data.mixture import build_datasets
 from hf_vla.geometry import write_geometry
 from hf_vla.policy import Policy
@@ -45,6 +46,8 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
     policy = Policy.from_pretrained(directory / run.MODEL)
     offline = offline_report(policy.predict_samples, eval_data, train_data)
+    if isinstance(eval_data, MixedDataset):
+        offline["by_dataset"] = report_each(policy, eval_data, train_data)
     run.update_info(directory, {"offline": offline})
     run.write_json(directory / "episode.json", compare_episode(policy, eval_data))
     if recipe.model.outputs == "geometry":
@@ -52,10 +55,19 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     return offline
 
 
+def report_each(policy: Policy, eval_data: MixedDataset, train_data: MixedDataset) -> dict[str, Any]:
+    """Measure on each dataset of a mixture alone, beside what its own baselines do: units may differ between them."""
+    trained = {dataset.info.name: dataset for dataset in train_data.datasets}
+    return {
+        dataset.info.name: offline_report(policy.predict_samples, dataset, trained[dataset.info.name])
+        for dataset in eval_data.datasets
+    }
+
+
 def compare_episode(policy: Policy, eval_data) -> dict[str, Any]:
     """Lay predicted actions beside recorded ones over the first held-out episode, a chunk at a time."""
-    first = eval_data[0]
-    samples = [eval_data[i] for i in range(len(eval_data)) if eval_data.locate(i)[0].index == first.episode_index]
+    first, (episode, _) = eval_data[0], eval_data.locate(0)
+    samples = [eval_data[i] for i in range(len(eval_data)) if eval_data.locate(i)[0] is episode]
     steps = policy.n_action_steps
     predicted = policy.predict_samples(samples[::steps])[:, :steps].reshape(-1, samples[0].actions.shape[1])
     return {

@@ -17,7 +17,7 @@ from torch import nn
 from hf_vla.assemble import build_model
 from hf_vla.checkpoint import WHOLE, load_checkpoint, load_trained, save_checkpoint
 from hf_vla.model.modeling_vla import VLAForActionPrediction
-from hf_vla.model.processing_vla import VLAProcessor
+from hf_vla.model.processing_vla import STATE, VLAProcessor
 from hf_vla.recipe import Recipe
 
 OBSERVATIONS = 8
@@ -88,6 +88,7 @@ def sample_actions(model: VLAForActionPrediction, processor: VLAProcessor) -> to
     generator = np.random.default_rng(0)
     size, views = processor.image_size, len(processor.views)
     images = generator.integers(0, 256, (OBSERVATIONS, views, size, size, 3), dtype=np.uint8)
-    state = np.tile(np.asarray(processor.stats["observation.state"]["mean"], np.float32), (OBSERVATIONS, 1))
-    batch = processor(images=list(images), task=["pick up the cup"] * OBSERVATIONS, state=state)
+    dataset = next(iter(processor.datasets), None)
+    state = processor.stats_of(dataset)[STATE].mean.repeat(OBSERVATIONS, 1)
+    batch = processor(images=list(images), task=["pick up the cup"] * OBSERVATIONS, state=state, dataset=dataset)
     return model.eval().predict_action(**batch, generator=torch.Generator().manual_seed(0))

@@ -25,6 +25,10 @@ class Policy:
         processor: its processor.
         n_action_steps: actions of a chunk that are carried out before the next look; None carries out all T.
         seed: of the generator that a sampling head draws from.
+        dataset: of a policy of several, the one whose robot acts: observations are in its units, and so are actions.
+
+    Raises:
+        ValueError: for more steps than a chunk has, or a dataset that the policy wasn't trained on.
     """
 
     def __init__(
@@ -33,9 +37,12 @@ class Policy:
         processor: VLAProcessor,
         n_action_steps: int | None = None,
         seed: int = 0,
+        dataset: str | None = None,
     ):
         self.model = model.eval()
-        self.processor = processor
+        self.processor, self.dataset = processor, dataset
+        if dataset is not None:
+            processor.stats_of(dataset)  # fails now, not at the first observation
         self.n_action_steps = n_action_steps or model.config.chunk_size
         if not 1 <= self.n_action_steps <= model.config.chunk_size:
             raise ValueError(
@@ -47,7 +54,11 @@ class Policy:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, n_action_steps: int | None = None, device: str = "cpu"
+        cls,
+        directory: str | Path,
+        n_action_steps: int | None = None,
+        device: str = "cpu",
+        dataset: str | None = None,
     ) -> "Policy":
         """Open a checkpoint directory of a run.
 
@@ -55,10 +66,11 @@ class Policy:
             directory: `model/` of a run, or any of its `checkpoint-N/`.
             n_action_steps: actions carried out of each chunk; None takes the recipe's.
             device: where the model runs.
+            dataset: of a policy of several, the one whose robot acts; None takes the recipe's `evaluation.dataset`.
         """
         model, processor, recipe = load_checkpoint(directory)
         steps = n_action_steps or min(recipe.evaluation.n_action_steps, recipe.model.chunk_size)
-        return cls(model.to(device), processor, steps)
+        return cls(model.to(device), processor, steps, dataset=dataset or recipe.evaluation.dataset)
 
     def reset(self) -> None:
         """Forget the episode: actions still to be carried out, and pictures that views of the past look back at."""
@@ -111,7 +123,7 @@ class Policy:
     def _predict_from_here(self, observation: Mapping[str, Any]) -> np.ndarray:
         images = [self._picture(view, observation) for view in self._views]
         state = np.asarray(observation[STATE], np.float32)
-        return self._predict([images], [observation[TASK]], state[None])[0]
+        return self._predict([images], [observation[TASK]], state[None], self.dataset)[0]
 
     def _picture(self, view: ParsedView, observation: Mapping[str, Any]) -> np.ndarray:
         """Give a view's picture; before the episode began there was its first frame, as in training."""
@@ -121,16 +133,25 @@ class Policy:
         return pictures[max(0, len(pictures) - 1 + view.offset)]
 
     def predict_samples(self, samples: list[Sample]) -> np.ndarray:
-        """Predict the chunk of each sample at once, (B, T, A) float32 in physical units."""
+        """Predict the chunk of each sample at once, (B, T, A) float32 in the physical units of its own dataset."""
         state = np.stack([sample.state for sample in samples])
-        return self._predict([sample.images for sample in samples], [sample.task for sample in samples], state)
+        sources = [sample.source for sample in samples] if self.processor.datasets else None
+        return self._predict(
+            [sample.images for sample in samples], [sample.task for sample in samples], state, sources
+        )
 
     @torch.inference_mode()
-    def _predict(self, images: list[list[np.ndarray]], tasks: list[str], state: np.ndarray) -> np.ndarray:
-        batch = self.processor(images=images, task=tasks, state=state)
+    def _predict(
+        self,
+        images: list[list[np.ndarray]],
+        tasks: list[str],
+        state: np.ndarray,
+        dataset: str | list[str] | None = None,
+    ) -> np.ndarray:
+        batch = self.processor(images=images, task=tasks, state=state, dataset=dataset)
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         actions = self.model.predict_action(**batch, generator=self._generator)
-        return self.processor.unnormalize_actions(actions).float().cpu().numpy()
+        return self.processor.unnormalize_actions(actions, dataset).cpu().numpy()
 
 
 def _key(view: ParsedView) -> str:

@@ -7,8 +7,7 @@ from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching import find_caches, fit_views, read_from_caches
 from hf_vla.data.augmentation import AugmentedDataset, varies
 from hf_vla.data.collator import VLACollator
-from hf_vla.data.mixture import build_datasets, mean_pictures, order_of
-from hf_vla.data.windows import WindowDataset
+from hf_vla.data.mixture import Samples, build_datasets, mean_pictures, order_of, stats_of
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.planning import what_fits
@@ -27,7 +26,10 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     info, views = train_data.info, [view_name(view.camera, view.offset) for view in train_data.views]
     means = mean_pictures(train_data, partial(fit_views, recipe), on_error=recipe.data.on_error)
     caches = find_caches(recipe, train_data, means)
-    processor = build_processor(recipe, views, info.stats, means, train_data.tasks)
+    stats = stats_of(train_data, recipe.data.mixture_stats)
+    processor = build_processor(recipe, views, stats, means, train_data.tasks)
+    if recipe.evaluation.dataset is not None:
+        processor.stats_of(recipe.evaluation.dataset)  # a wrong name fails before training, not behind it
     model = build_model(
         recipe, build_config(recipe, len(views), info.state_dim, info.action_dim), without=list(caches)
     )
@@ -49,7 +51,8 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     )
 
 
-def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: WindowDataset) -> None:
+def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: Samples) -> None:
     """Give a discrete head the levels that training actions take."""
-    actions = processor(actions=train_data.actions)["actions"]
+    sources = train_data.sources if processor.datasets else None
+    actions = processor(actions=train_data.actions, dataset=sources)["actions"]
     model.head.fit_levels(actions)

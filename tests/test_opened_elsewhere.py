@@ -15,7 +15,7 @@ from hf_vla.merge import merge
 from hf_vla.policy import Policy
 from hf_vla.train import train
 from tests.test_training import FROZEN, observation
-from tests.tiny_run import tiny_recipe
+from tests.tiny_run import SAMPLE, tiny_recipe, with_other_units
 
 OPEN_AND_ACT = """
 import importlib.util, json, sys
@@ -33,9 +33,10 @@ for folder in folders:
         result[folder] = str(error)
         continue
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    batch = processor(images=[list(seen["pictures"])], task=[task], state=seen["state"][None])
+    chosen = {"dataset": processor.datasets[-1]} if processor.datasets else {}
+    batch = processor(images=[list(seen["pictures"])], task=[task], state=seen["state"][None], **chosen)
     actions = model.predict_action(**batch, generator=torch.Generator().manual_seed(0))
-    result[folder] = processor.unnormalize_actions(actions)[0].numpy().tobytes().hex()
+    result[folder] = processor.unnormalize_actions(actions, **chosen)[0].numpy().tobytes().hex()
 print(json.dumps(result))
 """
 
@@ -75,14 +76,16 @@ def test_a_whole_model_acts_the_same_and_adapters_say_that_they_want_merging(bar
     full = train(tiny_recipe(), tmp_path / "full") / "model"
     mixed = {"dtype": "bfloat16", "head": {"type": "discrete"}}
     bf16 = train(tiny_recipe(model=mixed, training={"bf16": True}), tmp_path / "bf16") / "model"
+    both = [{"dataset": str(SAMPLE)}, {"dataset": str(with_other_units(tmp_path / "other"))}]
+    several = train(tiny_recipe(data={"dataset": None, "mixture": both}), tmp_path / "several") / "model"
     adapted = {**FROZEN, "fusion": fusion, "head": {"type": "flow"}}
     adapters = train(tiny_recipe(model=adapted, lora=lora), tmp_path / "lora") / "model"
     merge(adapters, tmp_path / "merged")
 
-    whole = [full, bf16, tmp_path / "merged"]
+    whole = {full: None, bf16: None, tmp_path / "merged": None, several: "other"}
     said = open_and_act(bare_python, [*whole, adapters], tmp_path)
-    for folder in whole:
-        here = Policy.from_pretrained(folder).predict_action_chunk(observation())
+    for folder, dataset in whole.items():
+        here = Policy.from_pretrained(folder, dataset=dataset).predict_action_chunk(observation())
         assert said[str(folder)] == here.tobytes().hex()
     assert f"{adapters} holds only what training changed" in said[str(adapters)]
     assert "Merge it first" in said[str(adapters)]

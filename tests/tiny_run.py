@@ -1,11 +1,18 @@
 """A run small enough for tests: the tiny shapes, on the committed sample."""
 
 import importlib.util
+import shutil
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hf_vla.recipe import Recipe, make_recipe
 
 SAMPLE = Path(__file__).parent / "data/metaworld_sample"
+SCALE, SHIFT = 50, 3
+"""How the units of `with_other_units` lie to those of the sample: SCALE * x + SHIFT."""
 
 TINY_VGGT = {"img_size": 28, "embed_dim": 32, "depth": 1, "num_heads": 2, "encoder_depth": 1, "encoder_num_heads": 2}
 TINY_LLAMA = {
@@ -56,6 +63,20 @@ def tiny_recipe(**sections) -> Recipe:
             merge = isinstance(old, dict) and key not in ("vggt", "lang_encoder")
             raw[section][key] = {**old, **value} if merge else value
     return make_recipe(raw)
+
+
+def with_other_units(root: Path) -> Path:
+    """Write the sample as a robot with other units has it."""
+    shutil.copytree(SAMPLE, root)
+    (root / "meta/stats.json").unlink(missing_ok=True)
+    for file in root.glob("data/**/*.parquet"):
+        table = pq.read_table(file)
+        for key in ("observation.state", "action"):
+            scaled = np.stack(table[key].to_numpy()) * np.float32(SCALE) + np.float32(SHIFT)
+            column = pa.array(list(scaled), table.schema.field(key).type)
+            table = table.set_column(table.schema.get_field_index(key), table.schema.field(key), column)
+        pq.write_table(table, file)
+    return root
 
 
 def released_weights(folder: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ class VLACollator:
             state=np.stack([sample.state for sample in samples]),
             actions=np.stack([sample.actions for sample in samples]),
             action_is_pad=np.stack([sample.action_is_pad for sample in samples]),
+            dataset=[sample.source for sample in samples] if self.processor.datasets else None,
         )
         if has_views:
             batch["view_features"] = torch.stack([sample.view_features for sample in samples])

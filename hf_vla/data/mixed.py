@@ -1,4 +1,4 @@
-"""Several datasets as one: a policy trained on all of them, with one set of statistics that covers them.
+"""Several datasets as one: a policy trained on all of them, with each one's own statistics, or one set that covers them.
 
 Letters: S state dims, A action dims.
 """
@@ -20,7 +20,7 @@ from hf_vla.sample import Sample
 
 @dataclass
 class MixedInfo:
-    """What several datasets are together; the names are the first one's."""
+    """What several datasets are together; names and rate are the first one's."""
 
     infos: list[DatasetInfo]
     shares: list[float]
@@ -29,8 +29,15 @@ class MixedInfo:
     def __post_init__(self):
         self.name = " + ".join(info.name for info in self.infos)
         self.cameras, self.action_names = self.infos[0].cameras, self.infos[0].action_names
+        self.fps = self.infos[0].fps
         self.state_dim, self.action_dim = self.infos[0].state_dim, self.infos[0].action_dim
         self.episodes = tuple(episode for info in self.infos for episode in info.episodes)
+        _check_names(self.infos)
+
+    @cached_property
+    def stats_by_name(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        """Give each dataset's own statistics by its name, which is the `source` of its samples."""
+        return {info.name: info.stats for info in self.infos}
 
     @cached_property
     def stats(self) -> dict[str, dict[str, np.ndarray]]:
@@ -63,10 +70,11 @@ class MixedDataset(ConcatDataset):
             ("state dimensions", lambda d: d.info.state_dim),
             ("action dimensions", lambda d: d.info.action_dim),
         ):
-            found = {d.info.name: count(d) for d in datasets}
-            if len(set(found.values())) > 1:
+            found = [(d.info.name, count(d)) for d in datasets]
+            if len({number for _, number in found}) > 1:
                 raise ValueError(
-                    f"data.mixture: the datasets differ in their {what}: {found}. One policy takes one number."
+                    f"data.mixture: the datasets differ in their {what}: "
+                    f"{', '.join(f'{name} has {number}' for name, number in found)}. One policy takes one number."
                 )
         sizes = [part.weight or len(part) for part in self.parts]
         self.info = MixedInfo([d.info for d in datasets], [size / sum(sizes) for size in sizes])
@@ -82,6 +90,11 @@ class MixedDataset(ConcatDataset):
     def tasks(self) -> list[str]:
         """Give the instruction of every sample."""
         return [task for dataset in self.datasets for task in dataset.tasks]
+
+    @property
+    def sources(self) -> list[str]:
+        """Name the dataset of every sample."""
+        return [dataset.info.name for dataset in self.datasets for _ in range(len(dataset))]
 
     @property
     def states(self) -> np.ndarray:
@@ -112,6 +125,17 @@ class MixedDataset(ConcatDataset):
     @property
     def _starts(self) -> list[int]:
         return [0, *accumulate(len(dataset) for dataset in self.datasets)]
+
+
+def _check_names(infos: Sequence[DatasetInfo]) -> None:
+    """Refuse two datasets of one name: whose units a policy acts in is said by name."""
+    roots: dict[str, str] = {}
+    for info in infos:
+        if roots.setdefault(info.name, str(info.root)) != str(info.root):
+            raise ValueError(
+                f"data.mixture: two datasets are named {info.name!r}, {roots[info.name]} and {info.root}, and a policy "
+                "keeps statistics by name: rename one's folder."
+            )
 
 
 def merge_stats(stats: Sequence[dict[str, np.ndarray]], shares: Sequence[float]) -> dict[str, np.ndarray]:

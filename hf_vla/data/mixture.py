@@ -81,6 +81,13 @@ def order_of(dataset: Samples, seed: int) -> Order:
     return Order(dataset.parts if isinstance(dataset, MixedDataset) else (dataset.part,), seed)
 
 
+def stats_of(dataset: Samples, mixture_stats: str) -> dict[str, dict]:
+    """Give the statistics that a policy of this dataset normalises with; of several, each one's own by name, or merged."""
+    if isinstance(dataset, MixedDataset) and mixture_stats == "per_dataset":
+        return dataset.info.stats_by_name
+    return dataset.info.stats
+
+
 def split_episodes(episodes: tuple[Episode, ...], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Choose the episodes that are held out: `fraction` of each task's, at least one of every task that has two.
 

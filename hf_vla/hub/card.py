@@ -49,6 +49,8 @@ def model_card(run_dir: Path, model_dir: Path, repo_id: str) -> str:
     info = read_required(run_dir / run.INFO, Run)
     is_whole = (model_dir / WHOLE).is_file()
     parts, rows = backbones(recipe), rollout_rows(info)
+    processor = read_json(model_dir / "processor_config.json", dict)
+    mixed = names_of_units(processor["stats"])
     return _template().render(
         metadata=metadata(recipe, repo_id, is_whole).to_yaml(),
         repo_id=repo_id,
@@ -58,8 +60,10 @@ def model_card(run_dir: Path, model_dir: Path, repo_id: str) -> str:
         is_whole=is_whole,
         backbones=parts,
         has_bases=any(part.hub_id or part.is_local for part in parts),
-        dataset=dataset_name(recipe),
-        settings=settings(recipe, read_json(model_dir / "processor_config.json", dict)["views"]),
+        dataset=dataset_names(recipe),
+        mixed=", ".join(f"`{name}`" for name in mixed),
+        chosen=f', dataset="{mixed[0]}"' if mixed else "",
+        settings=settings(recipe, processor["views"]),
         run=info,
         offline=offline_rows(info.offline) if info.offline else [],
         conditions=CONDITIONS,
@@ -84,8 +88,9 @@ def metadata(recipe: Recipe, repo_id: str, is_whole: bool) -> ModelCardData:
         data.license = "other"  # the Hub takes one licence, and there are two
         data.license_name = "licences-of-the-base-models"
         data.license_link = f"https://huggingface.co/{repo_id}#licences"
-    if recipe.data.dataset and is_hub_id(recipe.data.dataset):
-        data.datasets = [recipe.data.dataset]
+    public = [source for source in datasets(recipe) if is_hub_id(source)]
+    if public:
+        data.datasets = public
     return data
 
 
@@ -110,10 +115,22 @@ def _how(recipe: Recipe, key: str) -> str:
     return "frozen" if getattr(recipe.model, f"freeze_{key}") else "trained in full"
 
 
-def dataset_name(recipe: Recipe) -> str:
-    """Name the dataset: a link to the Hub, or the last part of a local path."""
-    source = recipe.data.dataset or "unknown"
-    return f"[{source}](https://huggingface.co/datasets/{source})" if is_hub_id(source) else f"`{Path(source).name}`"
+def datasets(recipe: Recipe) -> list[str]:
+    """List what the run was trained on, as its recipe names it."""
+    return [mixed.dataset for mixed in recipe.data.mixture] or [recipe.data.dataset or "unknown"]
+
+
+def dataset_names(recipe: Recipe) -> str:
+    """Name the datasets: a link to the Hub, or the last part of a local path."""
+    return ", ".join(
+        f"[{source}](https://huggingface.co/datasets/{source})" if is_hub_id(source) else f"`{Path(source).name}`"
+        for source in datasets(recipe)
+    )
+
+
+def names_of_units(stats: dict) -> list[str]:
+    """Name the datasets that a processor's statistics are kept by; none where they are of one."""
+    return [] if "action" in stats else list(stats)
 
 
 def settings(recipe: Recipe, views: list[str]) -> dict[str, str]:

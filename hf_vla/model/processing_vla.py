@@ -3,7 +3,7 @@
 Letters: B batch, V views, H W pixels, L text tokens, T chunk, A action dims, S state dims.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ class VLAProcessor(ProcessorMixin):
     Args:
         tokenizer: of the language backbone; where it has no padding token it is given its end-of-text one.
         views: name of each view in the model's order; view 0 is VGGT's reference frame.
-        stats: per key (`observation.state`, `action`) the dataset's statistics, as its `stats.json` has them.
+        stats: per key (`observation.state`, `action`) the dataset's statistics, as its `stats.json` has them; for a policy
+            of several datasets, that by each one's name.
         image_size: side in pixels that pictures are resized to.
         resize: `crop`, `pad` or `stretch`: how a picture that isn't square is made so.
         normalization: of state and actions: `mean_std`, `min_max` or `q01_q99`.
@@ -72,10 +73,11 @@ class VLAProcessor(ProcessorMixin):
         self.pictures = _check_choice("pictures", pictures, ("seen", "mean"))
         self.view_means = view_means
         self._stats = _read_stats(stats)
-        self.stats = {key: value.to_dict() for key, value in self._stats.items()}
+        own = {name: {key: value.to_dict() for key, value in of.items()} for name, of in self._stats.items()}
+        self.stats = own.get(None, own)
         self._means = self._read_means(view_means)
         self._check_means()
-        for values in self._stats.values():
+        for values in (values for of in self._stats.values() for values in of.values()):
             values.scale(normalization)  # fails now, not in the first batch, where that mode's statistics are missing
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -87,6 +89,7 @@ class VLAProcessor(ProcessorMixin):
         state: np.ndarray | Tensor | None = None,
         actions: np.ndarray | Tensor | None = None,
         action_is_pad: np.ndarray | Tensor | None = None,
+        dataset: str | Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Make a batch of what is given; pictures or task are left out where a cache has their features.
 
@@ -96,13 +99,15 @@ class VLAProcessor(ProcessorMixin):
             state: (B, S), physical units.
             actions: (B, T, A), physical units; not given when acting.
             action_is_pad: (B, T) bool.
+            dataset: of a policy of several, which one state and actions are of: one of `datasets` for all, or B of them.
 
         Returns:
             `pixel_values` (B, V, 3, H, W) float32 in [0, 1] (beyond it where pictures are centred), `input_ids` and
             `attention_mask` (B, L), `state` (B, S) and `actions` (B, T, A) normalised, `action_is_pad` (B, T).
 
         Raises:
-            ValueError: if the number of views, or the size of state or actions, isn't the one trained with.
+            ValueError: if the number of views, or the size of state or actions, isn't the one trained with, or it isn't
+                said of which dataset they are.
         """
         batch = {}
         if images is not None:
@@ -110,25 +115,57 @@ class VLAProcessor(ProcessorMixin):
         if task is not None:
             batch.update(self._tokens(task))
         if state is not None:
-            batch["state"] = self._normalize(STATE, state)
+            batch["state"] = self._convert(normalize, STATE, state, dataset)
         if actions is not None:
-            batch["actions"] = self._normalize(ACTION, actions)
+            batch["actions"] = self._convert(normalize, ACTION, actions, dataset)
         if action_is_pad is not None:
             batch["action_is_pad"] = torch.as_tensor(action_is_pad, dtype=torch.bool)
         return batch
 
-    def unnormalize_actions(self, actions: Tensor) -> Tensor:
-        """Map predicted actions (B, T, A) to the dataset's physical units, float32."""
-        return unnormalize(actions.float(), self._stats[ACTION], self.normalization)
+    def unnormalize_actions(self, actions: Tensor, dataset: str | Sequence[str] | None = None) -> Tensor:
+        """Map predicted actions (B, T, A) to the dataset's physical units, float32; `dataset` as for the call."""
+        return self._convert(unnormalize, ACTION, actions, dataset)
 
-    def _normalize(self, key: str, values: np.ndarray | Tensor) -> Tensor:
-        values, stats = torch.as_tensor(values, dtype=torch.float32), self._stats[key]
+    @property
+    def datasets(self) -> list[str]:
+        """Name the datasets that it has statistics of; empty where those are of one, which needs no name."""
+        return [name for name in self._stats if name is not None]
+
+    def stats_of(self, dataset: str | None = None) -> dict[str, Stats]:
+        """Give the statistics of one dataset, by key.
+
+        Raises:
+            ValueError: for a dataset that isn't known; where there are several, also if none is named.
+        """
+        if dataset is None and len(self._stats) == 1:
+            return next(iter(self._stats.values()))
+        if dataset not in self.datasets:
+            raise ValueError(_unknown_dataset(dataset, self.datasets))
+        return self._stats[dataset]
+
+    def _convert(
+        self, change: Callable, key: str, values: np.ndarray | Tensor, dataset: str | Sequence[str] | None
+    ) -> Tensor:
+        """Map (B, ..., D) values, each row by the statistics of its own dataset."""
+        values = torch.as_tensor(values, dtype=torch.float32)
+        if dataset is None or isinstance(dataset, str):
+            return self._convert_alike(change, key, values, dataset)
+        if len(dataset) != len(values):
+            raise ValueError(f"dataset names {len(dataset)} datasets, for {len(values)} rows of {key}.")
+        changed = torch.empty_like(values)
+        for name in dict.fromkeys(dataset):
+            rows = torch.tensor([own == name for own in dataset], device=values.device)
+            changed[rows] = self._convert_alike(change, key, values[rows], name)
+        return changed
+
+    def _convert_alike(self, change: Callable, key: str, values: Tensor, dataset: str | None) -> Tensor:
+        stats = self.stats_of(dataset)[key]
         if values.shape[-1] != len(stats):
             raise ValueError(
                 f"{key} has {values.shape[-1]} dimensions, but this processor's statistics are of {len(stats)}: "
                 "it was made for another robot or dataset."
             )
-        return normalize(values, stats, self.normalization)
+        return change(values, stats, self.normalization)
 
     def _tokens(self, task: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize prompts; padding goes behind the text, where the model's causal attention counts on it."""
@@ -210,14 +247,31 @@ def _to_pixels(pictures: np.ndarray) -> Tensor:
     return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _read_stats(stats: dict | None) -> dict[str, Stats]:
-    missing = [key for key in (STATE, ACTION) if key not in (stats or {})]
+def _read_stats(stats: dict | None) -> dict[str | None, dict[str, Stats]]:
+    """Read statistics by dataset; those of a policy of one, which needs no name, are under None."""
+    if stats and not {STATE, ACTION} & set(stats):
+        return {name: _read_own_stats(values, f" of {name}") for name, values in stats.items()}
+    return {None: _read_own_stats(stats or {})}
+
+
+def _read_own_stats(stats: dict, whose: str = "") -> dict[str, Stats]:
+    missing = [key for key in (STATE, ACTION) if key not in stats]
     if missing:
         raise ValueError(
-            f"VLAProcessor needs the statistics of {' and '.join(missing)}: pass stats as the dataset's meta/stats.json "
-            "holds them, or load the processor that was saved with the model."
+            f"VLAProcessor needs the statistics of {' and '.join(missing)}{whose}: pass stats as the dataset's "
+            "meta/stats.json holds them, or load the processor that was saved with the model."
         )
-    return {key: Stats.from_dict(stats[key], key) for key in (STATE, ACTION)}
+    return {key: Stats.from_dict(stats[key], key + whose) for key in (STATE, ACTION)}
+
+
+def _unknown_dataset(dataset: str | None, known: Sequence[str]) -> str:
+    if not known:
+        return f"dataset is {dataset!r}, but this policy's statistics are of one dataset, which needs no name: leave it out."
+    return (
+        f"dataset is {dataset!r}, but this policy was trained on {len(known)} datasets, each in units of its own: say whose "
+        f"state is given and whose units its actions are wanted in. It knows {', '.join(map(repr, known))}. Give one to "
+        "Policy.from_pretrained(..., dataset=...), to the processor's calls, or as evaluation.dataset in the recipe."
+    )
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> str:

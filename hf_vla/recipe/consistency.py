@@ -19,6 +19,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_hub(recipe)
     _check_augmentation(recipe)
     _check_data(recipe)
+    _check_mixture(recipe)
 
 
 def _check_geometry(recipe: Recipe) -> None:
@@ -106,6 +107,22 @@ def _check_data(recipe: Recipe) -> None:
     if recipe.memory.cache and (data.mixture or data.streaming):
         raise RecipeError(
             "memory.cache needs one dataset that lies here: set data.streaming false and data.dataset, or leave it empty."
+        )
+
+
+def _check_mixture(recipe: Recipe) -> None:
+    """Refuse to act without a word on whose units the actions are in, and a word where there is nothing to choose."""
+    data, evaluation = recipe.data, recipe.evaluation
+    is_named = bool(data.mixture) and data.mixture_stats == "per_dataset"
+    if evaluation.dataset is not None and not is_named:
+        raise RecipeError(
+            f"evaluation.dataset is {evaluation.dataset!r}, which chooses between the datasets of a data.mixture with "
+            "mixture_stats per_dataset; here is one set of statistics: leave it out."
+        )
+    if is_named and evaluation.simulator != "none" and evaluation.dataset is None:
+        raise RecipeError(
+            f"evaluation.simulator is {evaluation.simulator!r}, and each dataset of data.mixture has units of its own: name "
+            "the simulated robot's as evaluation.dataset, or set data.mixture_stats to merged."
         )
 
 

@@ -169,6 +169,9 @@ class Data:
     """Where streamed: episodes that each worker mixes at a time and keeps in memory."""
     mixture: list[Mixed] = field(default_factory=list)
     """Several datasets in place of `dataset`."""
+    mixture_stats: Literal["per_dataset", "merged"] = "per_dataset"
+    """How a mixture is normalised: each dataset by its own statistics, for robots or units that differ, so that who acts
+    says which one's; or all by one set that covers them, for recordings of one robot."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a sample that can't be read does: end the run with an error that names it, or be left out and counted."""
     picture_cache_bytes: int = 0
@@ -219,6 +222,8 @@ class Evaluation:
     """Actions after which a rollout counts as failed."""
     n_action_steps: int = 8
     """Actions of a chunk that are carried out before the next look."""
+    dataset: str | None = None
+    """Of a policy of several datasets: the one whose robot is simulated, or acts."""
     swapped: dict[str, str] = field(default_factory=dict)
     """Task to the task whose instruction it is given instead, to see whether the policy listens."""
 
