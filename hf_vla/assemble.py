@@ -48,6 +48,7 @@ def build_processor(
         view_means=mean_pictures,
         center_images=data.center_images,
         pictures=data.pictures,
+        action_form=data.action_form,
     )
 
 

@@ -151,7 +151,7 @@ class Policy:
         batch = self.processor(images=images, task=tasks, state=state, dataset=dataset)
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         actions = self.model.predict_action(**batch, generator=self._generator)
-        return self.processor.unnormalize_actions(actions, dataset).cpu().numpy()
+        return self.processor.unnormalize_actions(actions, dataset, state).cpu().numpy()
 
 
 def _key(view: ParsedView) -> str:

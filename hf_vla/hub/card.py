@@ -63,6 +63,7 @@ def model_card(run_dir: Path, model_dir: Path, repo_id: str) -> str:
         dataset=dataset_names(recipe),
         mixed=", ".join(f"`{name}`" for name in mixed),
         chosen=f', dataset="{mixed[0]}"' if mixed else "",
+        start=", state=state[None]" if recipe.data.action_form == "relative" else "",
         settings=settings(recipe, processor["views"]),
         run=info,
         offline=offline_rows(info.offline) if info.offline else [],

@@ -42,6 +42,8 @@ class VLAProcessor(ProcessorMixin):
         prompt: template around the instruction; holds `{task}` once.
         view_means: (V, H, W, 3) uint8, the mean training picture of each view.
         center_images: subtract the mean picture, so that it becomes the colour that VGGT takes for 0.
+        action_form: `recorded`: actions are learned as they are; or `relative`: as changes from the state that was observed,
+            for those that command positions in the state's own dimensions. Either way they come back as recorded.
         pictures: `seen`, or `mean` to show the mean picture in place of every picture: the blind control.
 
     Raises:
@@ -62,6 +64,7 @@ class VLAProcessor(ProcessorMixin):
         view_means: np.ndarray | None = None,
         center_images: bool = False,
         pictures: str = "seen",
+        action_form: str = "recorded",
     ):
         super().__init__(tokenizer)
         self.views = list(views)
@@ -73,6 +76,8 @@ class VLAProcessor(ProcessorMixin):
         self.pictures = _check_choice("pictures", pictures, ("seen", "mean"))
         self.view_means = view_means
         self._stats = _read_stats(stats)
+        self.action_form = _check_choice("action_form", action_form, ("recorded", "relative"))
+        self._check_action_form()
         own = {name: {key: value.to_dict() for key, value in of.items()} for name, of in self._stats.items()}
         self.stats = own.get(None, own)
         self._means = self._read_means(view_means)
@@ -118,12 +123,30 @@ class VLAProcessor(ProcessorMixin):
             batch["state"] = self._convert(normalize, STATE, state, dataset)
         if actions is not None:
             batch["actions"] = self._convert(normalize, ACTION, actions, dataset)
+            if self.action_form == "relative":
+                batch["actions"] -= self._reference(state, dataset)
         if action_is_pad is not None:
             batch["action_is_pad"] = torch.as_tensor(action_is_pad, dtype=torch.bool)
         return batch
 
-    def unnormalize_actions(self, actions: Tensor, dataset: str | Sequence[str] | None = None) -> Tensor:
-        """Map predicted actions (B, T, A) to the dataset's physical units, float32; `dataset` as for the call."""
+    def unnormalize_actions(
+        self,
+        actions: Tensor,
+        dataset: str | Sequence[str] | None = None,
+        state: np.ndarray | Tensor | None = None,
+    ) -> Tensor:
+        """Map predicted actions to the dataset's physical units.
+
+        Args:
+            actions: (B, T, A) of the model.
+            dataset: as for the call.
+            state: (B, S) that was observed, physical units; only read where `action_form` is `relative`.
+
+        Returns:
+            (B, T, A) float32.
+        """
+        if self.action_form == "relative":
+            actions = actions.float() + self._reference(state, dataset).to(actions.device)
         return self._convert(unnormalize, ACTION, actions, dataset)
 
     @property
@@ -142,6 +165,23 @@ class VLAProcessor(ProcessorMixin):
         if dataset not in self.datasets:
             raise ValueError(_unknown_dataset(dataset, self.datasets))
         return self._stats[dataset]
+
+    def _reference(self, state: np.ndarray | Tensor | None, dataset: str | Sequence[str] | None) -> Tensor:
+        """Give what relative actions start from, (B, 1, A): the state, normalised as an action is."""
+        if state is None:
+            raise ValueError(
+                "action_form is 'relative', so actions are changes from the observed state: give state (B, S) with them."
+            )
+        return self._convert(normalize, ACTION, state, dataset)[:, None]
+
+    def _check_action_form(self) -> None:
+        for of in self._stats.values():
+            if self.action_form == "relative" and len(of[STATE]) != len(of[ACTION]):
+                raise ValueError(
+                    f"action_form is 'relative', but the state has {len(of[STATE])} dimensions and an action "
+                    f"{len(of[ACTION])}: only what commands positions in the state's own dimensions can be a change from it. "
+                    "Take 'recorded'."
+                )
 
     def _convert(
         self, change: Callable, key: str, values: np.ndarray | Tensor, dataset: str | Sequence[str] | None

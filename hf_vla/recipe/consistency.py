@@ -102,6 +102,11 @@ def _check_data(recipe: Recipe) -> None:
         raise RecipeError(f"data.mixture: give a weight to each of the {len(weights)} datasets, or to none.")
     if any(weight is not None and weight <= 0 for weight in weights):
         raise RecipeError(f"data.mixture: weights must be above 0; they are {weights}.")
+    if data.action_form == "relative" and recipe.model.head.type == "discrete":
+        raise RecipeError(
+            "data.action_form is 'relative', and model.head.type 'discrete' takes its levels from recorded actions: choose "
+            "another head, or action_form recorded."
+        )
     if data.shuffle_episodes < 1:
         raise RecipeError(f"data.shuffle_episodes is {data.shuffle_episodes}; it must be at least 1.")
     if recipe.memory.cache and (data.mixture or data.streaming):

@@ -160,6 +160,9 @@ class Data:
     pictures: Literal["seen", "mean"] = "seen"
     """`mean` replaces every picture by the mean one: the blind control."""
     normalization: Literal["mean_std", "min_max", "q01_q99"] = "q01_q99"
+    action_form: Literal["recorded", "relative"] = "recorded"
+    """`relative` learns actions as changes from the state: for those that command positions in the state's own dimensions,
+    as joint targets do. The policy's actions are as recorded either way."""
     eval_fraction: float = 0.1
     """Share of episodes held out, chosen by `training.seed`; at least one where it is above 0."""
     num_workers: int = 2
