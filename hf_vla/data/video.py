@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from hf_vla.data import columns
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
@@ -94,6 +95,8 @@ class _Reader:
         self._stream = self._container.streams.video[0]
         # One thread: with more, dav1d and h264 hold frames back, which costs 7 ms a random frame instead of 4.
         self._stream.codec_context.thread_count = 1
+        # Kept, since making one for each frame costs more than the conversion; its threads cost more than they save.
+        self._to_rgb = VideoReformatter()
         self._seek(0)
 
     def at(self, seconds: float) -> np.ndarray:
@@ -107,7 +110,7 @@ class _Reader:
         nearest = min(filter(None, (before, self._frame)), key=lambda f: abs(f.time - seconds), default=None)
         if nearest is None or abs(nearest.time - seconds) > self._step / 2:
             raise EOFError("the video has none within half a frame of it")
-        return nearest.to_ndarray(format="rgb24")
+        return self._to_rgb.reformat(nearest, format="rgb24", threads=1).to_ndarray()
 
     def _seek(self, seconds: float) -> None:
         self._container.seek(int(seconds / self._stream.time_base), stream=self._stream)
