@@ -179,8 +179,8 @@ class VLAProcessor(ProcessorMixin):
             if self.action_form == "relative" and len(of[STATE]) != len(of[ACTION]):
                 raise ValueError(
                     f"action_form is 'relative', but the state has {len(of[STATE])} dimensions and an action "
-                    f"{len(of[ACTION])}: only what commands positions in the state's own dimensions can be a change from it. "
-                    "Take 'recorded'."
+                    f"{len(of[ACTION])}: only what commands positions in the state's own dimensions can be a change from "
+                    "it. Take 'recorded'."
                 )
 
     def _convert(
