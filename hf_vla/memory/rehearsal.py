@@ -95,7 +95,10 @@ class Rehearsal:
                     parameter.register_post_accumulate_grad_hook(self._label_gradient(component))
 
     def _label_gradient(self, component: str) -> Callable[[nn.Parameter], None]:
-        return lambda parameter: self._tracker.label([parameter.grad], component, "gradients")
+        tracker = (
+            self._tracker
+        )  # held by the hook in place of self, whose model would hold the hook: no collector sees that
+        return lambda parameter: tracker.label([parameter.grad], component, "gradients")
 
     def _label_states(self) -> None:
         for component, part in parts_of(self._model).items():
