@@ -11,16 +11,13 @@ import argparse
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from benchmarks.cached_vs_uncached import BATCH, SIZES, WAYS, make_case
+from benchmarks.cached_vs_uncached import BATCH, SIZES, WAYS, Moment, lengths, make_case, now, step_lengths
 from benchmarks.result import RESULTS, write_result
 from hf_vla.caching import build_caches, with_cache
 from hf_vla.memory.monitor import MemoryMonitor
@@ -30,13 +27,6 @@ from hf_vla.trainer import VLATrainer
 STEPS, ROUNDS = 11, 6
 """Steps of a turn, of which the first isn't counted, and turns of each."""
 ALLOWED = 0.05
-
-
-class Moment(NamedTuple):
-    """When a step ended, in seconds."""
-
-    processor: float
-    wall: float
 
 
 def main() -> None:
@@ -69,7 +59,7 @@ def measure(way: str, is_cached: bool, rounds: int, folder: Path) -> dict:
     batches = itertools.cycle(some_batches(trainer))
     turns = {"trainer": [], "bare": []}
     for _ in range(rounds):
-        turns["trainer"] += lengths(train(trainer))
+        turns["trainer"] += step_lengths(trainer)
         turns["bare"] += lengths(list(bare_loop(trainer, batches)))
     found = {name: [statistics.median(kind) for kind in zip(*turn, strict=True)] for name, turn in turns.items()}
     (ours, ours_wall), (bare, bare_wall) = found["trainer"], found["bare"]
@@ -104,36 +94,6 @@ def bare_loop(trainer: VLATrainer, batches: Iterator[list[int]]) -> Iterator[Mom
         schedule.step()
         optimizer.zero_grad()
         yield now()
-
-
-class Clock(TrainerCallback):
-    """Notes when each step ends."""
-
-    def __init__(self):
-        self.ends: list[Moment] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Note the time."""
-        self.ends.append(now())
-
-
-def train(trainer: VLATrainer) -> list[Moment]:
-    """Train a turn with Trainer, and tell when each step ended."""
-    clock = Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    trainer.remove_callback(clock)
-    return clock.ends
-
-
-def lengths(ends: list[Moment]) -> list[tuple[float, float]]:
-    """Give processor and wall time between the ends of steps."""
-    return [(b.processor - a.processor, b.wall - a.wall) for a, b in itertools.pairwise(ends)]
-
-
-def now() -> Moment:
-    """Read both clocks."""
-    return Moment(time.process_time(), time.perf_counter())
 
 
 if __name__ == "__main__":
