@@ -48,6 +48,7 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
         eval_dataset=eval_data,
         data_collator=VLACollator(processor),
         what_fits=what_fits,
+        left_out=info.left_out,
     )
 
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,12 @@ def report_skipped(directory: str | Path, count: int, texts: list[str]) -> None:
     known = read_info(directory).get("skipped", {}).get("first", [])
     first = [*known, *(text for text in texts if text not in known)][:FIRST_SKIPPED]
     update_info(directory, {"skipped": {"samples": count, "first": first}})
+
+
+def report_left_out(directory: str | Path, faults: Sequence[str]) -> None:
+    """Write how many episodes were left out when the data was opened, and what was wrong with the first of them."""
+    if faults:
+        update_info(directory, {"left_out": {"episodes": len(faults), "first": list(faults[:FIRST_SKIPPED])}})
 
 
 def write_json(path: Path, value: Any) -> None:

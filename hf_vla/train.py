@@ -51,6 +51,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
+        run.report_left_out(output, trainer.left_out)
         if recipe.memory.cache:
             run.update_info(output, {"cache": caches_of(trainer.train_dataset)})
     trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))

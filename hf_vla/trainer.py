@@ -4,7 +4,7 @@ step doesn't fit, and what a checkpoint holds.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -45,6 +45,7 @@ class VLATrainer(ResumableTrainer):
         recipe: the run, written into each checkpoint.
         processor: the processor that the collator uses, written into each checkpoint.
         what_fits: says, for people, which recipe would fit; asked when nothing is left to try.
+        left_out: what was wrong with each episode that isn't trained on, for the run's record.
         kwargs: arguments of `ResumableTrainer`.
     """
 
@@ -53,11 +54,13 @@ class VLATrainer(ResumableTrainer):
         recipe: Recipe,
         processor: VLAProcessor,
         what_fits: Callable[[Recipe], str] = lambda recipe: "See what would fit with `hf-vla plan`.",
+        left_out: Sequence[str] = (),
         **kwargs,
     ):
         super().__init__(on_error=recipe.data.on_error, processing_class=processor, **kwargs)
-        self.recipe, self.what_fits = recipe, what_fits
+        self.recipe, self.what_fits, self.left_out = recipe, what_fits, left_out
         self.in_backward: OptimizerInBackward | None = None
+        self._trained: list[nn.Parameter] = []
         self.monitor: MemoryMonitor | None = None
         size = recipe.data.batch_size
         sizes = [size] if recipe.memory.optimizer_in_backward else divisors(size)

@@ -20,15 +20,24 @@ def open_table(files: list[Path]) -> Dataset:
     """Map the rows of parquet files, in their order, as one table.
 
     Raises:
-        ValueError: names the file that can't be read.
+        ValueError: where they can't be read; `find_fault` says of a file whether it is the one.
     """
     try:
         # Escaped, since `datasets` takes a path for a pattern.
         return Dataset.from_parquet([glob.escape(str(file)) for file in files])
     except (DatasetGenerationError, pa.ArrowInvalid, OSError) as error:
-        for file in files:
-            num_rows(file)
         raise ValueError(f"{files[0].parent}: the parquet files can't be read as one table: {error}") from error
+
+
+def find_fault(file: Path) -> str | None:
+    """Say what is wrong with a parquet file, by reading all of it; None where nothing is."""
+    try:
+        reader = pq.ParquetFile(file)
+        for group in range(reader.num_row_groups):
+            reader.read_row_group(group)
+    except (pa.ArrowException, OSError) as error:
+        return f"{file}: can't be read as parquet ({error}). Fetch or record it again."
+    return None
 
 
 def num_rows(file: Path) -> int:

@@ -5,6 +5,7 @@ What `meta/` says is a claim; the rows on disk are the truth. Where they differ,
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -23,6 +24,9 @@ from hf_vla.sample import ACTION, STATE
 STAT_NAMES = ("mean", "std", "min", "max", "q01", "q99")
 
 _ROWS_AT_ONCE = 65_536
+
+_TIMED_EPISODES = 64
+"""Whose timestamps the dataset's rate is taken from, at most."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,8 @@ class DatasetInfo:
     """`meta/stats.json` where it covers just the rows of `table`; else empty."""
     repairs: tuple[str, ...] = field(default=(), repr=False)
     """Where `meta/` and the rows contradict each other, and what is believed."""
+    left_out: tuple[str, ...] = field(default=(), repr=False)
+    """What was wrong with each episode that isn't used, where such are to be skipped."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -103,17 +109,19 @@ class DatasetInfo:
     def _count(self, key: str) -> dict[str, list]:
         """Compute statistics in one pass; more than 16,384 rows cost quantiles up to 0.06 % of rank."""
         counted = RunningStats(len(self.names[key]))
-        for start in range(0, len(self.table), _ROWS_AT_ONCE):
-            counted.add(columns.matrix(self.table, key, start, _ROWS_AT_ONCE))
+        for start, stop in _row_runs(self.episodes):
+            for row in range(start, stop, _ROWS_AT_ONCE):
+                counted.add(columns.matrix(self.table, key, row, min(_ROWS_AT_ONCE, stop - row)))
         return counted.stats()
 
 
-def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo:
+def open_dataset(source: str | Path, revision: str | None = None, on_error: str = "raise") -> DatasetInfo:
     """Open a LeRobot dataset.
 
     Args:
         source: folder, or Hub id `user/name`.
         revision: branch, tag or commit of the Hub repo.
+        on_error: `raise`, or `skip` to leave out the episodes of files that can't be read.
 
     Raises:
         FileNotFoundError: for a dataset that isn't there, or has no episode on disk.
@@ -123,14 +131,14 @@ def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo
     meta = read_meta(root)
     repairs: list[str] = []
     described = episodes_on_disk(root, meta, list_files(root), repairs)
-    table = columns.open_table([root / file for file in sorted({episode.file for episode in described})])
+    table, described, left_out = _open_rows(root, described, on_error)
     episodes = _locate(root, described, table, repairs)
     is_whole = len(episodes) == len(meta.episodes)
     info = DatasetInfo(
         name=root.resolve().name if Path(source).expanduser() == root else str(source),
         root=root,
         version=meta.version,
-        fps=true_fps(meta, table, episodes[0], repairs),
+        fps=true_fps(meta, table, episodes, repairs),
         features=meta.features,
         camera_keys=present_cameras(meta, table, episodes[0], repairs),
         names={key: dimension_names(root, meta, table, key, repairs) for key in (STATE, ACTION)},
@@ -139,10 +147,42 @@ def open_dataset(source: str | Path, revision: str | None = None) -> DatasetInfo
         table=table,
         meta_stats=meta.stats if is_whole else {},
         repairs=tuple(repairs),
+        left_out=left_out,
     )
     if repairs:
         logger.warning("%s: %s", info.name, "; ".join(repairs))
     return info
+
+
+def _open_rows(
+    root: Path, described: list[DescribedEpisode], on_error: str
+) -> tuple[Dataset, list[DescribedEpisode], tuple[str, ...]]:
+    """Map the rows of all episodes, or of those whose file can be read.
+
+    Returns:
+        The table, the episodes that it holds, and what was wrong with each of the others.
+
+    Raises:
+        ValueError: names a file that can't be read and the episodes in it.
+    """
+    files = sorted({episode.file for episode in described})
+    try:
+        return columns.open_table([root / file for file in files]), described, ()
+    except ValueError:
+        faults = {file: fault for file in files if (fault := columns.find_fault(root / file))}
+        if not faults:
+            raise
+    lost = [episode for episode in described if episode.file in faults]
+    texts = tuple(f"episode {episode.index} is lost: {faults[episode.file]}" for episode in lost)
+    if on_error == "raise" or len(lost) == len(described):
+        file = lost[0].file
+        inside = ", ".join(str(episode.index) for episode in lost if episode.file == file)
+        raise ValueError(
+            f"{faults[file]} It holds episode {inside}; data.on_error 'skip' leaves out what can't be read."
+        )
+    logger.warning("%s: %d episodes are left out (data.on_error): %s", root, len(lost), "; ".join(faults.values()))
+    left = [root / file for file in files if file not in faults]
+    return columns.open_table(left), [episode for episode in described if episode.file not in faults], texts
 
 
 def episodes_on_disk(root: Path, meta: Meta, files: set[str], repairs: list[str]) -> list[DescribedEpisode]:
@@ -216,11 +256,25 @@ def _spans_by_length(root: Path, described: list[DescribedEpisode]) -> dict[int,
     return spans
 
 
-def true_fps(meta: Meta, table: Dataset, episode: Episode, repairs: list[str]) -> float:
-    """Trust the timestamps where they contradict `meta/info.json`."""
-    if "timestamp" not in table.column_names or episode.length < 2:
+def _row_runs(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
+    """List the rows of these episodes, as (start, stop) of those that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for episode in sorted(episodes, key=lambda e: e.first_row):
+        start, stop = episode.first_row, episode.first_row + episode.length
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, stop))
+    return runs
+
+
+def true_fps(meta: Meta, table: Dataset, episodes: Sequence[Episode], repairs: list[str]) -> float:
+    """Trust the timestamps where they contradict `meta/info.json`; of some episodes spread over the dataset, most's."""
+    timed = [episode for episode in episodes if episode.length > 1]
+    if "timestamp" not in table.column_names or not timed:
         return meta.fps
-    step = float(np.median(np.diff(columns.matrix(table, "timestamp", episode.first_row, episode.length)[:, 0])))
+    some = timed[:: -(-len(timed) // _TIMED_EPISODES)]
+    seconds = [columns.matrix(table, "timestamp", e.first_row, e.length)[:, 0] for e in some]
+    step = float(np.median([np.median(np.diff(times)) for times in seconds]))
     if step <= 0 or abs(step * meta.fps - 1) < 0.01:
         return meta.fps
     repairs.append(f"info.json says {meta.fps:g} fps, the timestamps {1 / step:g}; the timestamps' is used")

@@ -30,6 +30,7 @@ class MixedInfo:
         self.name = " + ".join(info.name for info in self.infos)
         self.cameras, self.action_names = self.infos[0].cameras, self.infos[0].action_names
         self.fps = self.infos[0].fps
+        self.left_out = tuple(fault for info in self.infos for fault in info.left_out)
         self.state_dim, self.action_dim = self.infos[0].state_dim, self.infos[0].action_dim
         self.episodes = tuple(episode for info in self.infos for episode in info.episodes)
         _check_names(self.infos)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from hf_vla.data.episode_faults import leave_out_faulty
 from hf_vla.data.lerobot_format import DatasetInfo, Episode, open_dataset
 from hf_vla.data.loader import DrawnSamples
 from hf_vla.data.mixed import MixedDataset
@@ -64,7 +65,7 @@ def build_datasets(data: Any, chunk_size: int, seed: int, cache_bytes: int = 0) 
 def _build_pair(
     data: Any, source: Any, chunk_size: int, seed: int, cache_bytes: int
 ) -> tuple[WindowDataset | StreamedDataset, WindowDataset | StreamedDataset | None]:
-    info = (open_stream if data.streaming else open_dataset)(source.dataset, source.revision)
+    info = _open(data, source)
     views = _views(source.views or data.views, info)
     train, held_out = split_episodes(info.episodes, data.eval_fraction, seed)
     if data.eval_fraction > 0 and not held_out:
@@ -74,6 +75,13 @@ def _build_pair(
         return build(train), build(held_out) if held_out else None
     eval_dataset = WindowDataset(info, views, chunk_size, held_out) if held_out else None
     return WindowDataset(info, views, chunk_size, train, cache_bytes), eval_dataset
+
+
+def _open(data: Any, source: Any) -> DatasetInfo:
+    if data.streaming:
+        return open_stream(source.dataset, source.revision, data.on_error)
+    info = open_dataset(source.dataset, source.revision, data.on_error)
+    return leave_out_faulty(info) if data.on_error == "skip" else info
 
 
 def order_of(dataset: Samples, seed: int) -> Order:

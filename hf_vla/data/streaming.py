@@ -65,6 +65,7 @@ class StreamInfo(DatasetInfo):
     """A dataset that is opened and not read; `table` holds the rows of its first episode."""
 
     shards: "Shards" = field(default=None, repr=False)
+    on_error: str = "raise"
 
     def _stats_of(self, key: str) -> dict[str, np.ndarray]:
         stats = self.meta_stats.get(key, {})
@@ -76,7 +77,7 @@ class StreamInfo(DatasetInfo):
     def _count(self, key: str) -> RunningStats:
         running, left_out = RunningStats(len(self.names[key])), 0
         for file in dict.fromkeys(episode.file for episode in self.episodes):
-            for rows in self.shards.pieces(file, key):
+            for rows in self._pieces(file, key):
                 values = columns.matrix(rows, key)
                 is_finite = np.isfinite(values).all(1)
                 left_out += int((~is_finite).sum())
@@ -84,6 +85,14 @@ class StreamInfo(DatasetInfo):
         if left_out:
             logger.warning("%s: %d rows of %s aren't finite and are left out of its stats.", self.name, left_out, key)
         return running
+
+    def _pieces(self, file: str, key: str) -> Iterator["Rows"]:
+        try:
+            yield from self.shards.pieces(file, key)
+        except ValueError as error:
+            if self.on_error == "raise":
+                raise
+            logger.warning("%s Its rows are left out of the stats of %s (data.on_error).", error, key)
 
 
 class Shards:
@@ -176,12 +185,13 @@ class _Shard:
         return int(self._ends[group - 1]) if group else 0
 
 
-def open_stream(source: str | Path, revision: str | None = None) -> StreamInfo:
+def open_stream(source: str | Path, revision: str | None = None, on_error: str = "raise") -> StreamInfo:
     """Open a LeRobot dataset without fetching it.
 
     Args:
         source: folder, or Hub id `user/name`.
         revision: branch, tag or commit of the Hub repo.
+        on_error: `raise`, or `skip` to take what is the same of all episodes from the first that can be read.
 
     Raises:
         FileNotFoundError: for a dataset that isn't there, is gated or can't be reached, or has no episode.
@@ -192,27 +202,40 @@ def open_stream(source: str | Path, revision: str | None = None) -> StreamInfo:
     repairs: list[str] = []
     described = episodes_on_disk(root, meta, list_files(root), repairs)
     shards = Shards(root)
-    first = Episode(
-        described[0].index, described[0].length, described[0].tasks, described[0].file, 0, described[0].videos
-    )
-    rows = shards.rows(first, [*_NUMBERS, *meta.camera_keys.values()])
+    episodes = tuple(Episode(e.index, e.length, e.tasks, e.file, 0, e.videos) for e in described)
+    first, rows = _first_rows(shards, episodes, [*_NUMBERS, *meta.camera_keys.values()], on_error)
     info = StreamInfo(
         name=meta_root.resolve().name if root == meta_root else str(source),
         root=root,
         version=meta.version,
-        fps=true_fps(meta, rows, first, repairs),
+        fps=true_fps(meta, rows, [first], repairs),
         features=meta.features,
         camera_keys=present_cameras(meta, rows, first, repairs),
         names={key: dimension_names(root, meta, rows, key, repairs) for key in (STATE, ACTION)},
-        episodes=tuple(Episode(e.index, e.length, e.tasks, e.file, 0, e.videos) for e in described),
+        episodes=episodes,
         tasks=meta.tasks,
         table=rows,
         meta_stats=meta.stats if len(described) == len(meta.episodes) else {},
         shards=shards,
+        on_error=on_error,
     )
     if repairs:
         logger.warning("%s: %s", info.name, "; ".join(repairs))
     return info
+
+
+def _first_rows(
+    shards: Shards, episodes: Sequence[Episode], names: Sequence[str], on_error: str
+) -> tuple[Episode, Rows]:
+    """Fetch the first episode; what can't be read is named, and read again and counted when its turn comes in training."""
+    for episode in episodes:
+        try:
+            return episode, shards.rows(episode, names)
+        except ValueError as error:
+            if on_error == "raise" or episode is episodes[-1]:
+                raise
+            logger.warning("%s It is passed over (data.on_error).", error)
+    raise ValueError("there is no episode to read")
 
 
 class StreamedDataset(Dataset):

@@ -11,13 +11,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from hf_vla.data import columns
+from hf_vla.data.episode_faults import find_fault
 from hf_vla.data.frames import CachedFrames, EmbeddedFrames, Frames
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
 from hf_vla.data.order import Part
 from hf_vla.sample import ACTION, STATE, Sample
-
-_RATE_TOLERANCE = 0.01
-"""Share by which an episode's rate may differ: timestamps are rounded."""
 
 
 class ViewLike(Protocol):
@@ -75,7 +73,9 @@ class WindowDataset(Dataset):
         self.episodes = choose_episodes(info, episodes)
         self._ends = np.cumsum([episode.length for episode in self.episodes])
         self._starts = self._ends - [episode.length for episode in self.episodes]
-        self._check_rates()
+        for episode in self.episodes:
+            if fault := find_fault(info, episode):
+                raise ValueError(fault)
         self.states = self._rows(STATE).astype(np.float32)
         self.actions = self._rows(ACTION).astype(np.float32)
         self.tasks = self._task_texts()
@@ -135,40 +135,12 @@ class WindowDataset(Dataset):
 
     def _rows(self, key: str) -> np.ndarray:
         """Read a column over the chosen episodes, one after the other, as (rows, D)."""
-        parts = [columns.matrix(self.info.table, key, e.first_row, e.length) for e in self.episodes]
-        for episode, part in zip(self.episodes, parts, strict=True):
-            if not np.isfinite(part).all():
-                raise ValueError(
-                    f"{self.info.root / episode.file}: {key} of episode {episode.index} has values that aren't finite, the "
-                    f"first at frame {int(np.argmin(np.isfinite(part).all(1)))}. Repair the episode, or leave it out."
-                )
-        return np.concatenate(parts)
-
-    def _check_rates(self) -> None:
-        """Refuse episodes of another rate than the dataset's: a chunk of actions would take another time there."""
-        if "timestamp" not in self.info.table.column_names:
-            return
-        for episode in self.episodes:
-            seconds = columns.matrix(self.info.table, "timestamp", episode.first_row, episode.length)[:, 0]
-            step = float(np.median(np.diff(seconds))) if episode.length > 1 else 0.0
-            if step > 0 and abs(step * self.info.fps - 1) > _RATE_TOLERANCE:
-                raise ValueError(
-                    f"{self.info.root / episode.file}: episode {episode.index} has {1 / step:.4g} frames a second by its "
-                    f"timestamps, where the dataset has {self.info.fps:.4g}. Leave it out, or record it at that rate."
-                )
+        return np.concatenate([columns.matrix(self.info.table, key, e.first_row, e.length) for e in self.episodes])
 
     def _task_texts(self) -> list[str]:
         if "task_index" not in self.info.table.column_names:
-            return [_only_task(self.info, episode) for episode in self.episodes for _ in range(episode.length)]
-        indices = self._rows("task_index")[:, 0].tolist()
-        unknown = set(indices) - set(self.info.tasks)
-        if unknown:
-            episode, frame = self.locate(next(i for i, task in enumerate(indices) if task in unknown))
-            raise ValueError(
-                f"{self.info.root / episode.file}: episode {episode.index}, frame {frame} has task_index {min(unknown)}, "
-                f"and meta/ has no text for it; it has {sorted(self.info.tasks)}."
-            )
-        return [self.info.tasks[index] for index in indices]
+            return [e.tasks[0] for e in self.episodes for _ in range(e.length)]
+        return [self.info.tasks[index] for index in self._rows("task_index")[:, 0].tolist()]
 
 
 def check_view(view: ViewLike, info: DatasetInfo) -> ViewLike:
@@ -223,9 +195,3 @@ def _open_video(info: DatasetInfo, camera: str) -> Frames:
 
 def _frame_of(view: ViewLike, frame: int, episode: Episode) -> int:
     return episode.length - 1 if view.offset == "goal" else max(0, frame + view.offset)
-
-
-def _only_task(info: DatasetInfo, episode: Episode) -> str:
-    if not episode.tasks:
-        raise ValueError(f"{info.root}: episode {episode.index} has no instruction, neither in its rows nor in meta/.")
-    return episode.tasks[0]
