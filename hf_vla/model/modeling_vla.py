@@ -191,6 +191,7 @@ class VLAForActionPrediction(VLAPreTrainedModel):
 
     _auto_class = "AutoModel"  # a saved directory holds the code too, and opens with trust_remote_code
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, and doesn't divide by the accumulation steps again
+    _is_training_throughout = False
 
     def __init__(self, config: VLAConfig):
         super().__init__(config)
@@ -219,6 +220,17 @@ class VLAForActionPrediction(VLAPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module | None:
         """Return LLaMA's token embedding, or None where LLaMA is left out."""
         return self.model.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> "VLAForActionPrediction":
+        """Switch all parts to training, or to evaluation.
+
+        Trainer asks before every micro-step. It is done once, until all are switched to evaluation: with adapters there are
+        thousands of parts.
+        """
+        if not (mode and self._is_training_throughout):
+            super().train(mode)
+        self._is_training_throughout = mode
+        return self
 
     def forward(
         self,
