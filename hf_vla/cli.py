@@ -179,6 +179,7 @@ def push(
 
 def main() -> None:
     """Run the command; whatever the user can mend ends in one line, not in a traceback."""
+    _configure()  # before the imports say a word
     from hf_vla.memory.budget import MemoryBudgetError
 
     try:

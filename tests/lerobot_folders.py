@@ -116,17 +116,17 @@ def write_v3(root: Path, drop: tuple[str, ...] = (), stats: dict | None = None, 
     return root
 
 
-def write_v2(root: Path, drop: tuple[str, ...] = (), **changes) -> Path:
+def write_v2(root: Path, drop: tuple[str, ...] = (), lengths=LENGTHS, **changes) -> Path:
     """Write a v2.1 folder: a data file for each episode, two episodes a chunk."""
     data_path = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-    starts = np.cumsum([0, *LENGTHS]).tolist()
-    for i in range(len(LENGTHS)):
+    starts = np.cumsum([0, *lengths]).tolist()
+    for i in range(len(lengths)):
         path = root / data_path.format(episode_chunk=i // 2, episode_index=i)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(to_table(episode_rows(i, starts[i])).drop_columns(list(drop)), path)
+        pq.write_table(to_table(episode_rows(i, starts[i], lengths)).drop_columns(list(drop)), path)
     (root / "meta").mkdir()
     episodes = [
-        {"episode_index": i, "tasks": [TASKS[task_of(i)]], "length": length} for i, length in enumerate(LENGTHS)
+        {"episode_index": i, "tasks": [TASKS[task_of(i)]], "length": length} for i, length in enumerate(lengths)
     ]
     write_lines(root / "meta/episodes.jsonl", episodes)
     write_lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(TASKS)])

@@ -42,12 +42,12 @@ def test_missing_index_columns_are_rebuilt_and_said_so_once(tmp_path, caplog, wr
 
 def test_a_partial_dataset_is_what_is_on_disk(tmp_path, caplog):
     root = write_v2(tmp_path / "part")
-    (root / "data/chunk-000/episode_000001.parquet").unlink()
-    (root / "data/chunk-001/episode_000002.parquet").unlink()
+    (root / "data/chunk-000/episode_000000.parquet").unlink()
+    (root / "data/chunk-001/episode_000003.parquet").unlink()
     info = open_dataset(root)
-    assert [episode.index for episode in info.episodes] == [0, 3]
+    assert [episode.index for episode in info.episodes] == [1, 2]
     assert "2 of the 4 episodes" in caplog.text
-    assert len(info.table) == LENGTHS[0] + LENGTHS[3]
+    assert len(info.table) == LENGTHS[1] + LENGTHS[2]
 
 
 def test_the_rows_win_over_meta(tmp_path, caplog):

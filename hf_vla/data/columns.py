@@ -36,7 +36,7 @@ def find_fault(file: Path) -> str | None:
         for group in range(reader.num_row_groups):
             reader.read_row_group(group)
     except (pa.ArrowException, OSError) as error:
-        return f"{file}: can't be read as parquet ({error}). Fetch or record it again."
+        return f"can't be read as parquet ({error})."
     return None
 
 

@@ -3,7 +3,6 @@
 Letters: n rows of the episode, D dimensions.
 """
 
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +14,9 @@ from hf_vla.sample import ACTION, STATE
 _RATE_TOLERANCE = 0.01
 """Share by which an episode's rate may differ: timestamps are rounded."""
 
-logger = logging.getLogger(__name__)
-
 
 def leave_out_faulty(info: DatasetInfo) -> DatasetInfo:
-    """Keep the episodes that nothing is wrong with, and say which others there were, and why.
+    """Keep the episodes that nothing is wrong with, and note which others there were, and why.
 
     Raises:
         ValueError: where none is left.
@@ -28,7 +25,6 @@ def leave_out_faulty(info: DatasetInfo) -> DatasetInfo:
     found = tuple(fault for fault in faults.values() if fault is not None)
     if not found:
         return info
-    logger.warning("%s: %d episodes are left out (data.on_error): %s", info.name, len(found), "; ".join(found))
     sound = tuple(episode for episode in info.episodes if faults[episode.index] is None)
     if not sound:
         raise ValueError(

@@ -121,17 +121,18 @@ def open_dataset(source: str | Path, revision: str | None = None, on_error: str 
     Args:
         source: folder, or Hub id `user/name`.
         revision: branch, tag or commit of the Hub repo.
-        on_error: `raise`, or `skip` to leave out the episodes of files that can't be read.
+        on_error: `raise`, or `skip` to leave out the episodes of files that are missing between others or can't be read.
 
     Raises:
         FileNotFoundError: for a dataset that isn't there, or has no episode on disk.
-        ValueError: for a file that can't be read, or a dataset without `action` or `observation.state`.
+        ValueError: for a file that is missing between others or can't be read, or a dataset without `action` or
+            `observation.state`.
     """
     root = find_root(source, revision)
     meta = read_meta(root)
     repairs: list[str] = []
-    described = episodes_on_disk(root, meta, list_files(root), repairs)
-    table, described, left_out = _open_rows(root, described, on_error)
+    described, missing = episodes_on_disk(root, meta, list_files(root), on_error, repairs)
+    table, described, unreadable = _open_rows(root, described, on_error)
     episodes = _locate(root, described, table, repairs)
     is_whole = len(episodes) == len(meta.episodes)
     info = DatasetInfo(
@@ -147,11 +148,44 @@ def open_dataset(source: str | Path, revision: str | None = None, on_error: str 
         table=table,
         meta_stats=meta.stats if is_whole else {},
         repairs=tuple(repairs),
-        left_out=left_out,
+        left_out=missing + unreadable,
     )
     if repairs:
         logger.warning("%s: %s", info.name, "; ".join(repairs))
     return info
+
+
+def episodes_on_disk(
+    root: Path, meta: Meta, there: set[str], on_error: str, repairs: list[str]
+) -> tuple[list[DescribedEpisode], tuple[str, ...]]:
+    """Keep the episodes whose files are there: part of a dataset is a dataset, but a hole in one is a loss.
+
+    Args:
+        root: folder of the dataset.
+        meta: what should be there.
+        there: files that are, relative to the root.
+        on_error: `raise`, or `skip` to leave out the episodes of a file that is missing between others.
+        repairs: is told of a part.
+
+    Returns:
+        These episodes, and what was wrong with each that lies between them.
+    """
+    cameras = {name for episode in meta.episodes for name, span in episode.videos.items() if span.file in there}
+    wanted = [
+        replace(episode, videos={name: span for name, span in episode.videos.items() if name in cameras})
+        for episode in meta.episodes
+    ]
+    places = [k for k, episode in enumerate(wanted) if set(episode.files) <= there]
+    if not places:
+        raise FileNotFoundError(
+            f"{root}: meta/ describes {len(wanted)} episodes, but none has its files on disk"
+            + (f"; {wanted[0].file} would be the first." if wanted else ".")
+        )
+    part = wanted[places[0] : places[-1] + 1]
+    if len(part) < len(wanted):
+        repairs.append(f"{len(places)} of the {len(wanted)} episodes in meta/ are on disk; the others are left out")
+    missing = {file: "missing, and files after it are there." for e in part for file in e.files if file not in there}
+    return leave_out(root, part, missing, on_error)
 
 
 def _open_rows(
@@ -161,9 +195,6 @@ def _open_rows(
 
     Returns:
         The table, the episodes that it holds, and what was wrong with each of the others.
-
-    Raises:
-        ValueError: names a file that can't be read and the episodes in it.
     """
     files = sorted({episode.file for episode in described})
     try:
@@ -172,37 +203,38 @@ def _open_rows(
         faults = {file: fault for file in files if (fault := columns.find_fault(root / file))}
         if not faults:
             raise
-    lost = [episode for episode in described if episode.file in faults]
-    texts = tuple(f"episode {episode.index} is lost: {faults[episode.file]}" for episode in lost)
-    if on_error == "raise" or len(lost) == len(described):
-        file = lost[0].file
-        inside = ", ".join(str(episode.index) for episode in lost if episode.file == file)
+    kept, left_out = leave_out(root, described, faults, on_error)
+    return columns.open_table([root / file for file in files if file not in faults]), kept, left_out
+
+
+def leave_out(
+    root: Path, described: list[DescribedEpisode], faults: dict[str, str], on_error: str
+) -> tuple[list[DescribedEpisode], tuple[str, ...]]:
+    """Leave out the episodes of files that something is wrong with, if that is what the recipe asks for.
+
+    Args:
+        root: folder of the dataset.
+        described: its episodes.
+        faults: file to what is wrong with it.
+        on_error: `raise` or `skip`.
+
+    Returns:
+        The other episodes, and what was wrong with each that isn't among them.
+
+    Raises:
+        ValueError: names a file and its episodes.
+    """
+    lost = {episode.index: file for episode in described for file in episode.files if file in faults}
+    kept = [episode for episode in described if episode.index not in lost]
+    texts = tuple(f"{root / file}: {faults[file]} It holds episode {index}." for index, file in lost.items())
+    if not kept:
+        raise ValueError(f"{root}: none of its {len(lost)} episodes can be read. {texts[0]}")
+    if lost and on_error == "raise":
         raise ValueError(
-            f"{faults[file]} It holds episode {inside}; data.on_error 'skip' leaves out what can't be read."
+            f"{texts[0]} Fetch or record it again, or let data.on_error be 'skip': {len(lost)} of {len(described)} episodes "
+            "would be left out."
         )
-    logger.warning("%s: %d episodes are left out (data.on_error): %s", root, len(lost), "; ".join(faults.values()))
-    left = [root / file for file in files if file not in faults]
-    return columns.open_table(left), [episode for episode in described if episode.file not in faults], texts
-
-
-def episodes_on_disk(root: Path, meta: Meta, files: set[str], repairs: list[str]) -> list[DescribedEpisode]:
-    """Keep the episodes whose files are there: part of a dataset is a dataset."""
-    cameras = {name for episode in meta.episodes for name, span in episode.videos.items() if span.file in files}
-    wanted = [
-        replace(episode, videos={name: span for name, span in episode.videos.items() if name in cameras})
-        for episode in meta.episodes
-    ]
-    present = [e for e in wanted if {e.file, *(span.file for span in e.videos.values())} <= files]
-    if not present:
-        raise FileNotFoundError(
-            f"{root}: meta/ describes {len(wanted)} episodes, but none has its files on disk"
-            + (f"; {wanted[0].file} would be the first." if wanted else ".")
-        )
-    if len(present) < len(meta.episodes):
-        repairs.append(
-            f"{len(present)} of the {len(meta.episodes)} episodes in meta/ are on disk; the others are left out"
-        )
-    return present
+    return kept, texts
 
 
 def _locate(root: Path, described: list[DescribedEpisode], table: Dataset, repairs: list[str]) -> tuple[Episode, ...]:

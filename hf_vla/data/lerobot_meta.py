@@ -37,6 +37,11 @@ class DescribedEpisode:
     videos: dict[str, VideoSpan]
     """By camera name; cameras that are embedded in the parquet file aren't in it."""
 
+    @property
+    def files(self) -> list[str]:
+        """Name all files that it lies in."""
+        return [self.file, *(span.file for span in self.videos.values())]
+
 
 @dataclass(frozen=True)
 class Meta:

@@ -78,10 +78,17 @@ def _build_pair(
 
 
 def _open(data: Any, source: Any) -> DatasetInfo:
-    if data.streaming:
-        return open_stream(source.dataset, source.revision, data.on_error)
-    info = open_dataset(source.dataset, source.revision, data.on_error)
-    return leave_out_faulty(info) if data.on_error == "skip" else info
+    info = (open_stream if data.streaming else open_dataset)(source.dataset, source.revision, data.on_error)
+    if data.on_error == "skip" and not data.streaming:  # streamed, an episode's faults show when it is read
+        info = leave_out_faulty(info)
+    if info.left_out:
+        logger.warning(
+            "%s: %d episodes are left out (data.on_error), the first: %s",
+            info.name,
+            len(info.left_out),
+            info.left_out[0],
+        )
+    return info
 
 
 def order_of(dataset: Samples, seed: int) -> Order:

@@ -191,7 +191,8 @@ def open_stream(source: str | Path, revision: str | None = None, on_error: str =
     Args:
         source: folder, or Hub id `user/name`.
         revision: branch, tag or commit of the Hub repo.
-        on_error: `raise`, or `skip` to take what is the same of all episodes from the first that can be read.
+        on_error: `raise`, or `skip` to leave out the episodes of files that are missing between others, and to take what is
+            the same of all episodes from the first that can be read.
 
     Raises:
         FileNotFoundError: for a dataset that isn't there, is gated or can't be reached, or has no episode.
@@ -200,7 +201,7 @@ def open_stream(source: str | Path, revision: str | None = None, on_error: str =
     meta_root, root = find_stream(source, revision)
     meta = read_meta(meta_root)
     repairs: list[str] = []
-    described = episodes_on_disk(root, meta, list_files(root), repairs)
+    described, left_out = episodes_on_disk(root, meta, list_files(root), on_error, repairs)
     shards = Shards(root)
     episodes = tuple(Episode(e.index, e.length, e.tasks, e.file, 0, e.videos) for e in described)
     first, rows = _first_rows(shards, episodes, [*_NUMBERS, *meta.camera_keys.values()], on_error)
@@ -216,6 +217,8 @@ def open_stream(source: str | Path, revision: str | None = None, on_error: str =
         tasks=meta.tasks,
         table=rows,
         meta_stats=meta.stats if len(described) == len(meta.episodes) else {},
+        repairs=tuple(repairs),
+        left_out=left_out,
         shards=shards,
         on_error=on_error,
     )
@@ -227,15 +230,15 @@ def open_stream(source: str | Path, revision: str | None = None, on_error: str =
 def _first_rows(
     shards: Shards, episodes: Sequence[Episode], names: Sequence[str], on_error: str
 ) -> tuple[Episode, Rows]:
-    """Fetch the first episode; what can't be read is named, and read again and counted when its turn comes in training."""
+    """Fetch the first episode that can be read; those before it are read again, and counted, when training gets to them."""
     for episode in episodes:
         try:
             return episode, shards.rows(episode, names)
         except ValueError as error:
-            if on_error == "raise" or episode is episodes[-1]:
+            if on_error == "raise":
                 raise
             logger.warning("%s It is passed over (data.on_error).", error)
-    raise ValueError("there is no episode to read")
+    raise ValueError(f"{shards.root}: data.on_error is 'skip', but none of its {len(episodes)} episodes can be read.")
 
 
 class StreamedDataset(Dataset):

@@ -50,7 +50,7 @@ class Recordings:
 def read_lerobot(source: str | Path, revision: str | None = None) -> Recordings:
     """Look at a LeRobot dataset; what keeps it from being read is a finding, too."""
     try:
-        info = open_dataset(source, revision)
+        info = open_dataset(source, revision, on_error="skip")
     except (ValueError, OSError) as error:
         found = Finding("error", "unreadable", f"The dataset can't be opened: {error}")
         return Recordings(str(source), {"folder": str(source)}, [found])
@@ -65,12 +65,21 @@ def read_lerobot(source: str | Path, revision: str | None = None) -> Recordings:
         tasks=dict(Counter(task for episode in info.episodes for task in episode.tasks)),
     )
     recordings.add(unreadable)
+    recordings.add(_left_out(info))
     recordings.add(check_meta(info))
     recordings.add(check_times(info))
     recordings.add(_files(info, seen))
     recordings.add(check_numbers(vectors[STATE], vectors[ACTION]))
     recordings.add(check_pictures(seen, moving(vectors[STATE])))
     return recordings
+
+
+def _left_out(info: DatasetInfo) -> list[Finding]:
+    """Tell of episodes whose files are missing or broken; the others are looked at all the same."""
+    if not info.left_out:
+        return []
+    text = f"{len(info.left_out)} episodes can't be opened; the first: {info.left_out[0]}"
+    return [Finding("error", "unreadable", text)]
 
 
 def check_numbers(state: Vector, action: Vector) -> list[Finding]:

@@ -30,7 +30,7 @@ def read_shapes(recipe: Recipe) -> Shapes:
     known = {"num_views"} if recipe.data.views else set()
     sizes = {"num_views": num_views}
     if recipe.data.dataset and Path(recipe.data.dataset).is_dir():
-        info = open_dataset(recipe.data.dataset)
+        info = open_dataset(recipe.data.dataset, on_error=recipe.data.on_error)
         sizes |= {"state_dim": info.state_dim, "action_dim": info.action_dim}
         sizes["num_views"] = num_views if recipe.data.views else min(num_views, len(info.cameras))
         known |= {"state_dim", "action_dim", "num_views"}
