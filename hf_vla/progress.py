@@ -23,6 +23,8 @@ class Progress:
     """Samples of the epoch that all ranks together have seen."""
     epoch_is_over: bool = False
     """Whether what follows an epoch's last step is done too."""
+    samples: int = 0
+    """That an epoch has."""
     lanes: Lanes = field(default_factory=Lanes)
     """By which the epoch's order was made."""
     ranks: int = 1
@@ -46,8 +48,13 @@ class Progress:
         values = json.loads((directory / FILE).read_text())
         return cls(**{**values, "lanes": Lanes(*values["lanes"])})
 
-    def describe_change(self, ranks: int, batch_size: int, accumulation: int) -> str | None:
+    def describe_change(self, samples: int, ranks: int, batch_size: int, accumulation: int) -> str | None:
         """Say what goes on in another way than it began; None if nothing does."""
+        if samples != self.samples:
+            return (
+                f"This run's data had {self.samples} samples and has {samples} now: the order is another, and of epoch "
+                f"{self.epoch} some may be seen twice and some not at all."
+            )
         if (ranks, batch_size, accumulation) == (self.ranks, self.batch_size, self.accumulation):
             return None
         return (

@@ -192,7 +192,9 @@ class ResumableTrainer(Trainer):
         return self.args.gradient_accumulation_steps
 
     def _change(self) -> str | None:
-        return self.resumed.describe_change(self.args.world_size, self._train_batch_size, self._accumulation)
+        return self.resumed.describe_change(
+            len(self.order), self.args.world_size, self._train_batch_size, self._accumulation
+        )
 
     # Checkpoints
 
@@ -204,6 +206,7 @@ class ResumableTrainer(Trainer):
             epoch=self.batches.epoch,
             position=self.batches.position_after(self._batches_done),
             epoch_is_over=self._epoch_is_over,
+            samples=len(self.order),
             lanes=self.batches.lanes,
             ranks=self.args.world_size,
             batch_size=self._train_batch_size,

@@ -239,6 +239,17 @@ def test_a_run_that_goes_on_in_other_batches_sees_the_rest_of_the_epoch_and_says
     assert "order differs" in kinds["resumed_differently"]
 
 
+def test_data_that_changed_under_a_stopped_run_is_said(tmp_path):
+    root = write_v3(tmp_path / "doors", lengths=(5, 7, 3, 6, 8, 4))
+    data = {"dataset": str(root), "batch_size": 4, "eval_fraction": 0.0}
+    plan = tiny_recipe(data=data, training={"max_steps": -1, "num_train_epochs": 2, "save_steps": 3})
+    train_killed(plan, tmp_path / "run", KillAt(4))
+    max((root / "data").rglob("*.parquet")).unlink()
+    run = train(plan, tmp_path / "run", resume=True)
+    (text,) = [event["text"] for event in read_info(run)["events"] if event["kind"] == "resumed_differently"]
+    assert "data had 33 samples and has 21 now" in text
+
+
 def test_skipped_samples_are_counted_in_the_runs_file(tmp_path):
     root = write_v3(tmp_path / "doors", lengths=(5, 7, 3, 6, 8, 4))
     file = root / "data/chunk-000/file-001.parquet"

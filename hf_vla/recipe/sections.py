@@ -176,7 +176,8 @@ class Data:
     """How a mixture is normalised: each dataset by its own statistics, for robots or units that differ, so that who acts
     says which one's; or all by one set that covers them, for recordings of one robot."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a sample that can't be read does: end the run with an error that names it, or be left out and counted."""
+    """What an episode or a sample that can't be read or learned from does: end the run with an error that names it, or be
+    left out and counted in `run.json`."""
     picture_cache_bytes: int = 0
     """Decoded pictures that each worker keeps in memory; for sets that are read many times and fit."""
 
