@@ -99,6 +99,43 @@ def test_workers_read_it_and_it_can_be_pickled(root):
     assert sorted(seen) == [(e, f) for e, length in enumerate(LENGTHS) for f in range(length)]
 
 
+@pytest.fixture(scope="module")
+def five_shards(tmp_path_factory):
+    lengths = (5, 7, 3, 6, 8, 4, 2, 9, 1)
+    root = write_v3(tmp_path_factory.mktemp("data") / "doors", lengths=lengths)
+    assert len(list((root / "data").rglob("*.parquet"))) == 5
+    frames = [(epoch, e, f) for epoch in (0, 1) for e, length in enumerate(lengths) for f in range(length)]
+    return root, frames
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streamed"])
+def test_real_workers_read_every_frame_of_real_files_exactly_once_an_epoch(five_shards, streaming, ranks, workers):
+    root, frames = five_shards
+    data = make_recipe({"data": {"dataset": str(root), "eval_fraction": 0, "streaming": streaming}}).data
+    data.shuffle_episodes = 2
+    samples, _ = build_datasets(data, 4, 0)
+
+    def collate(batch):
+        return {"at": [(s.episode_index, s.frame_index) for s in batch if not s.action_is_pad.all()]}
+
+    loaders = [
+        build_loader(samples, RankBatches(order_of(samples, 0), 4, r, ranks, workers), collate, workers)
+        for r in range(ranks)
+    ]
+    seen, rounds = [], set()
+    for loader in loaders:
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            batches = list(loader)
+            rounds.add(len(batches))
+            seen += [(epoch, *place) for batch in batches for place in batch["at"]]
+    assert sorted(seen) == frames
+    assert len(rounds) == 1, "ranks and epochs are in step"
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
