@@ -230,6 +230,13 @@ def test_broken_pictures_are_named_with_their_file(tmp_path):
     assert "unreadable" in (tmp_path / "page.html").read_text()
 
 
+def test_episodes_of_a_few_steps_are_looked_at(tmp_path):
+    root = lerobot_folders.write_v3(
+        tmp_path / "toy", lengths=(3, 2, 9, 1)
+    )  # actions are the states, as where joints lead
+    assert "short_episodes" in kinds(root, tmp_path)
+
+
 def test_a_missing_file_in_the_middle_is_found_and_the_rest_looked_at(tmp_path):
     root = lerobot_folders.write_v2(tmp_path / "toy")
     (root / "data/chunk-000/episode_000001.parquet").unlink()

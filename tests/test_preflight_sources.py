@@ -1,8 +1,12 @@
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from lerobot_faults import break_parquet
+from lerobot_folders import write_v3
 from tiny_run import TINY_LLAMA, tiny_recipe
 from transformers import AutoModel, LlamaConfig
 
@@ -128,6 +132,19 @@ def test_a_picture_that_cannot_be_decoded_fails(monkeypatch):
 
     monkeypatch.setattr(preflight_sources.WindowDataset, "__getitem__", cut_short)
     assert open_data(tiny_recipe())[0].detail == "sample 0: a video is cut short"
+
+
+def test_what_a_recipe_lets_skip_is_a_warning(tmp_path):
+    root = write_v3(tmp_path / "doors", lengths=(5, 7, 3, 6, 8, 4))
+    data = {"dataset": str(root), "on_error": "skip", "eval_fraction": 0.0}
+    last = max((root / "data").rglob("*.parquet"))
+    table = pq.read_table(last)
+    torn = pa.array([{"bytes": b"no picture", "path": None}] * len(table), table.schema.field(0).type)
+    pq.write_table(table.set_column(0, table.schema.field(0), torn), last)
+    check, _ = open_data(tiny_recipe(data=data))
+    assert check.status == "warn" and "front of episode 5, frame 3, can't be decoded" in check.advice
+    break_parquet(root)
+    assert "33 samples" not in open_data(tiny_recipe(data=data))[0].detail
 
 
 def test_packages_are_compared_with_what_is_required_and_tested(monkeypatch, tmp_path):

@@ -59,7 +59,7 @@ def number_fault(info: DatasetInfo, episode: Episode, key: str, values: np.ndarr
         return None
     return (
         f"{info.root / episode.file}: {key} of episode {episode.index} has values that aren't finite, the first at frame "
-        f"{int(np.argmin(is_finite))}. Repair the episode, or leave it out."
+        f"{int(np.argmin(is_finite))}. Repair the episode, or leave it out by data.on_error 'skip'."
     )
 
 
@@ -72,7 +72,7 @@ def rate_fault(info: DatasetInfo, episode: Episode, seconds: np.ndarray | None) 
         return None
     return (
         f"{info.root / episode.file}: episode {episode.index} has {1 / step:.4g} frames a second by its timestamps, where "
-        f"the dataset has {info.fps:.4g}. Leave it out, or record it at that rate."
+        f"the dataset has {info.fps:.4g}. Record it at that rate, or leave it out by data.on_error 'skip'."
     )
 
 

@@ -155,8 +155,9 @@ def _lead(state: Vector, action: Vector) -> Iterator[Finding]:
     longest = min(LEAD, max(rows.stop - rows.start for _, rows in state.episodes) - 2)
     errors = []
     for k in range(longest + 1):
-        parts = [np.abs(actions[r.start : r.stop - k] - states[r.start + k : r.stop]) for _, r in state.episodes]
-        errors.append(np.concatenate([part for part in parts if len(part)]).mean())
+        longer = [rows for _, rows in state.episodes if rows.stop - rows.start > k]
+        parts = [np.abs(actions[r.start : r.stop - k] - states[r.start + k : r.stop]) for r in longer]
+        errors.append(np.concatenate(parts).mean())
     if len(errors) > 3 and (best := int(np.argmin(errors))) >= 3:
         yield Finding(
             "note",

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 import hf_vla
 from hf_vla.caching.use import find_caches, means_of
+from hf_vla.data.loader import DrawnSamples
 from hf_vla.data.mixture import build_datasets
 from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.check import Check
@@ -149,14 +150,15 @@ def _open_tokenizer(folder: str) -> None:
 
 
 def open_data(recipe: Recipe) -> tuple[Check, WindowDataset | None]:
-    """Open the recipe's dataset as training does, and decode its first and its last sample.
+    """Open the recipe's dataset as training does, and decode its first and its last sample, or others if it may skip.
 
     Returns:
         The check, and the training set; None where it can't be used.
     """
     try:
         train, held_out = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
-        first, _ = train[0], train[len(train) - 1]
+        samples = DrawnSamples(train, recipe.data.on_error)
+        (first, fault), (_, another) = samples[0], samples[len(train) - 1]
     except (ValueError, OSError, ImportError) as error:
         return Check("fail", "Dataset", str(error)), None
     info, size = train.info, recipe.data.image_size
@@ -166,6 +168,8 @@ def open_data(recipe: Recipe) -> tuple[Check, WindowDataset | None]:
         f"{info.name}: {len(train)} samples to train on, {len(held_out or ())} held out, {info.fps:g} a second; "
         f"views {pictures}, resized to {size}x{size}; state of {info.state_dim}, action of {info.action_dim}"
     )
+    if faults := [text for text in (fault, another, *info.left_out) if text]:
+        return Check("warn", "Dataset", detail, f"Not all of it is used (data.on_error): {faults[0]}"), train
     if recipe.data.eval_fraction > 0 and held_out is None:
         return Check("warn", "Dataset", detail, "Nothing is held out, since there is one episode: record more."), train
     return Check("ok", "Dataset", detail), train
