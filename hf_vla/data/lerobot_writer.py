@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from hf_vla.data.frames import Frames
+from hf_vla.data.lerobot_format import Episode
 from hf_vla.data.lerobot_stats import PictureStats, vector_stats
 
 VERSION = "v3.0"
@@ -50,6 +52,25 @@ def image_feature(height: int, width: int, storage: str = "image") -> dict[str, 
 def vector_feature(names: Sequence[str], dtype: str = "float32") -> dict[str, Any]:
     """Describe a vector, such as the state or the action, by the names of its dimensions."""
     return {"dtype": dtype, "shape": [len(names)], "names": list(names)}
+
+
+class VideoFile(Sequence):
+    """A camera of one episode that is a video file of its own already: it is copied, not encoded again.
+
+    Args:
+        path: the file; its time 0 is the episode's.
+        frames: reads its pictures, a few of which the statistics are taken from.
+        episode: as `frames` knows it.
+    """
+
+    def __init__(self, path: Path, frames: Frames, episode: Episode):
+        self.path, self._frames, self._episode = path, frames, episode
+
+    def __len__(self) -> int:
+        return self._episode.length
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        return self._frames.read(self._episode, int(k))
 
 
 class LeRobotWriter:
@@ -107,27 +128,28 @@ class LeRobotWriter:
     def __exit__(self, *exception: object) -> None:
         self.discard()
 
-    def add_episode(self, columns: Mapping[str, Any], task: str) -> None:
+    def add_episode(self, columns: Mapping[str, Any], task: str | Sequence[str]) -> None:
         """Append one episode.
 
         Args:
             columns: by feature key. Vectors: (N, D) numbers. Cameras: N pictures, each (H, W, 3) uint8, or bytes of a
-                JPEG or PNG file, which are embedded as they are.
-            task: the instruction, in natural language.
+                JPEG or PNG file, which are embedded as they are; or a `VideoFile`.
+            task: the instruction, in natural language; of each row, where it changes on the way.
 
         Raises:
             ValueError: where keys, lengths or sizes aren't those of the features.
         """
         length = self._check(columns)
+        tasks = [task] * length if isinstance(task, str) else list(task)
         index = {
             "timestamp": (np.arange(length) / self._fps).astype(np.float32),
             "frame_index": np.arange(length),
             "episode_index": np.full(length, self._episodes),
             "index": np.arange(self._frames, self._frames + length),
-            "task_index": np.full(length, self._tasks.setdefault(task, len(self._tasks))),
+            "task_index": np.array([self._tasks.setdefault(text, len(self._tasks)) for text in tasks]),
         }
         vectors = {key: np.asarray(columns[key]) for key in self._features if key not in self._cameras} | index
-        row = {"episode_index": self._episodes, "tasks": [task], "length": length}
+        row = {"episode_index": self._episodes, "tasks": list(dict.fromkeys(tasks)), "length": length}
         row |= {"dataset_from_index": self._frames, "dataset_to_index": self._frames + length}
         row |= self._write_data(columns, vectors)
         for key in self._videos:
@@ -179,11 +201,15 @@ class LeRobotWriter:
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"the columns of an episode must have one length of at least 1, not {lengths}.")
         for key, feature in self._features.items():
-            rows = map(picture_shape, columns[key]) if key in self._cameras else [np.shape(columns[key])[1:]]
-            for shape in rows:
+            for shape in self._row_shapes(key, columns[key]):
                 if tuple(shape) != tuple(feature["shape"]):
                     raise ValueError(f"{key}: each row must have the shape {tuple(feature['shape'])}, not {shape}.")
         return lengths[key]
+
+    def _row_shapes(self, key: str, column: Any) -> Iterable[tuple[int, ...]]:
+        if isinstance(column, VideoFile):
+            return [column[0].shape]
+        return map(picture_shape, column) if key in self._cameras else [np.shape(column)[1:]]
 
     def _write_data(self, columns: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> dict[str, int]:
         path = self._partial / DATA_PATH.format(**self._data_file.indices())
@@ -206,27 +232,34 @@ class LeRobotWriter:
         return {f"data/{name}": index for name, index in self._data_file.indices().items()}
 
     def _write_video(self, key: str, pictures: Sequence[np.ndarray | bytes]) -> dict[str, Any]:
+        copied = pictures.path if isinstance(pictures, VideoFile) else None
         writer = self._video_writers.get(key)
-        if writer is not None and writer.size >= self._video_limit * _MB:
+        is_full = writer is not None and writer.size >= self._video_limit * _MB
+        if is_full or (writer is not None and copied and not writer.takes(copied)):
             writer.close()
             self._video_files[key].advance()
             writer = None
         if writer is None:
             path = self._partial / VIDEO_PATH.format(video_key=key, **self._video_files[key].indices())
-            writer = self._video_writers[key] = self._open_video(path, key)
+            writer = self._video_writers[key] = self._open_video(path, key, copied)
         start = writer.seconds
-        for picture in pictures:
-            writer.add(_decode(picture))
+        if copied:
+            writer.append(copied, len(pictures))
+        else:
+            for picture in pictures:
+                writer.add(_decode(picture))
         row = self._video_files[key].indices() | {"from_timestamp": start, "to_timestamp": writer.seconds}
         return {f"videos/{key}/{name}": value for name, value in row.items()}
 
-    def _open_video(self, path: Path, key: str) -> Any:
+    def _open_video(self, path: Path, key: str, copied: Path | None) -> Any:
         try:
-            from hf_vla.data.video import VideoWriter
+            from hf_vla.data.video import VideoCopier, VideoWriter
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"{key} is stored as video, which PyAV writes: pip install 'hf-vla[video]'."
             ) from error
+        if copied:
+            return VideoCopier(path, copied)
         height, width, _ = self._features[key]["shape"]
         return VideoWriter(path, self._fps, self._codec, height, width)
 
@@ -271,7 +304,7 @@ class LeRobotWriter:
     def _info(self) -> dict[str, Any]:
         features = self._features | INDEX_FEATURES
         for key in self._videos:
-            features[key] = features[key] | {"info": self._video_info(key)}
+            features[key] = {"info": self._video_info(key)} | features[key]
         return {
             "codebase_version": VERSION,
             "robot_type": self._robot_type,

@@ -1,4 +1,4 @@
-"""Pictures out of video files, one at a time, chosen by their presentation time; and into them, each at its own.
+"""Pictures out of video files, one at a time, chosen by their presentation time; into them, each at its own; and copied.
 
 Container metadata lies in real datasets (frame rate, number of frames), so nothing but each frame's pts is believed.
 """
@@ -184,3 +184,57 @@ class VideoWriter:
     def _write(self, packets: list[av.Packet]) -> None:
         self.size += sum(packet.size for packet in packets)
         self._container.mux(packets)
+
+
+class VideoCopier:
+    """One mp4 file of others, one behind the other: encoded pictures are copied, and nothing is decoded.
+
+    Args:
+        path: the file; its folder is made.
+        first: a file whose codec, size and parameters are those of all that follow.
+    """
+
+    def __init__(self, path: Path, first: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.size, self.seconds = 0, 0.0
+        self._container = av.open(str(path), "w")
+        with av.open(str(first)) as source:
+            self._stream = self._container.add_stream_from_template(source.streams.video[0], opaque=True)
+            self._coding = _coding(source)
+
+    def takes(self, source: Path) -> bool:
+        """Say whether a file's pictures are encoded just as those that are there."""
+        with av.open(str(source)) as container:
+            return _coding(container) == self._coding
+
+    def append(self, source: Path, length: int) -> None:
+        """Copy a file's pictures behind those that are there; its time 0 is then at `seconds`.
+
+        Raises:
+            ValueError: where it holds fewer than `length` pictures, or can't be read.
+        """
+        try:
+            with av.open(str(source)) as container:
+                packets = [packet for packet in container.demux(container.streams.video[0]) if packet.size]
+        except av.FFmpegError as error:
+            raise ValueError(f"{source}: can't be read as video ({error}). Fetch or record it again.") from None
+        if len(packets) < length:
+            raise ValueError(f"{source}: {len(packets)} pictures, where its episode has {length} rows.")
+        unit = packets[0].time_base
+        shift = round(self.seconds / unit)
+        self.seconds = float(unit * (shift + max(packet.pts + packet.duration for packet in packets)))
+        for packet in packets:
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, self._stream
+            self.size += packet.size
+            self._container.mux(packet)
+
+    def close(self) -> None:
+        """End the file."""
+        self._container.close()
+
+
+def _coding(container: av.container.InputContainer) -> tuple:
+    """Give what pictures of one file must share."""
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    return context.name, stream.width, stream.height, stream.time_base, context.extradata
