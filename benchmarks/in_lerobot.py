@@ -3,18 +3,20 @@
 python in_lerobot.py backends
 python in_lerobot.py dump DATASET NPZ CHUNK BACKEND
 python in_lerobot.py convert FOLDER NAME
-python in_lerobot.py speed DATASET '{"chunk": 16, "past": 0, "batch_size": 16, "workers": 2, …}'
+python in_lerobot.py speeds                       each line asked: [DATASET, {"chunk": 16, "past": 0, "workers": 2, …}]
 """
 
+import itertools
 import json
 import sys
-import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+from throughput import samples_per_second, serve
 
 NAME = "local/dataset"
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
@@ -60,9 +62,8 @@ def convert(folder: str, name: str) -> dict[str, str]:
     return {"converted": str(Path(folder) / name)}
 
 
-def speed(dataset: str, settings: str) -> dict[str, float]:
-    """Count samples per second of `LeRobotDataset` in torch's DataLoader, in random order, once it is warm."""
-    given = json.loads(settings)
+def speed(dataset: str, given: dict) -> float:
+    """Give the samples per second of `LeRobotDataset` in torch's DataLoader, in random order."""
     torch.set_num_threads(given["threads"])
     data = open_data(dataset, given["chunk"], given["past"], given["backend"])
     workers = given["workers"]
@@ -75,29 +76,21 @@ def speed(dataset: str, settings: str) -> dict[str, float]:
         prefetch_factor=2 if workers else None,
         persistent_workers=workers > 0,
     )
-    warm_up = time.perf_counter() + given["warm_up"]
-    samples, start = 0, None
-    while True:
-        for batch in loader:
-            now = time.perf_counter()
-            if start is not None:
-                samples += len(batch["index"])
-                if now - start >= given["seconds"]:
-                    return {"samples_per_second": samples / (now - start)}
-            elif now >= warm_up:
-                start = now
+    sizes = (len(batch["index"]) for _ in itertools.count() for batch in loader)
+    return samples_per_second(sizes, given["warm_up"], given["seconds"])
 
 
 def open_data(dataset: str, chunk: int, past: int, backend: str) -> LeRobotDataset:
-    """Open a dataset with chunks of actions, none where `chunk` is 0; with `past`, cameras also give an earlier frame."""
+    """Open a dataset with chunks of actions, if of more than one; with `past`, cameras also give an earlier frame."""
     meta = LeRobotDatasetMetadata(NAME, root=dataset)
-    window = {"action": [step / meta.fps for step in range(chunk)]} if chunk else {}
+    window = {"action": [step / meta.fps for step in range(chunk)]} if chunk > 1 else {}
     if past:
         window |= {key: [-past / meta.fps, 0.0] for key in meta.camera_keys}
     return LeRobotDataset(NAME, root=dataset, delta_timestamps=window or None, video_backend=backend)
 
 
-COMMANDS = {"backends": backends, "dump": dump, "convert": convert, "speed": speed}
+COMMANDS = {"backends": backends, "dump": dump, "convert": convert, "speeds": partial(serve, speed)}
 
 if __name__ == "__main__":
-    print(json.dumps(COMMANDS[sys.argv[1]](*sys.argv[2:])))
+    if (said := COMMANDS[sys.argv[1]](*sys.argv[2:])) is not None:
+        print(json.dumps(said))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build/lerobot-venv"
 LEROBOT = "lerobot==0.4.4"
 
-_SCRIPT = Path(__file__).with_name("in_lerobot.py")
+SCRIPT = Path(__file__).with_name("in_lerobot.py")
 _MARK = "installed"
 _NAMED = ("lerobot", "datasets", "torch", "torchvision", "torchcodec", "av", "numpy", "pyarrow", "pillow")
 
@@ -42,11 +42,16 @@ def run_in_lerobot(python: Path, cache: Path, *arguments: object) -> dict[str, A
     Raises:
         SystemExit: with the end of what it wrote, where it fails.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache)}
-    done = subprocess.run([python, _SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    command = [python, SCRIPT, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables(cache))
     if done.returncode:
         raise SystemExit(f"in_lerobot.py {' '.join(map(str, arguments))}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def variables(cache: Path) -> dict[str, str]:
+    """Give the environment variables that it runs with."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache)}
 
 
 def facts_of(python: Path, cache: Path) -> dict[str, Any]:

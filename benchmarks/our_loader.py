@@ -1,17 +1,16 @@
-"""What our own loader does, in a process of its own: the counterpart of in_lerobot.py. It ends with a line of JSON.
+"""What our own loader does, in a process of its own, as in_lerobot.py does what LeRobot's does.
 
-python -m benchmarks.our_loader DATASET '{"chunk": 16, "past": 0, "batch_size": 16, "workers": 2, "threads": 1, …}'
+python -m benchmarks.our_loader                     each line asked: [DATASET, {"chunk": 16, "past": 0, "workers": 2, …}]
 """
 
-import json
-import sys
-import time
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.throughput import samples_per_second, serve
 from hf_vla.data.lerobot_format import open_dataset
 from hf_vla.data.loader import RankBatches, build_loader
 from hf_vla.data.mixture import order_of
@@ -55,29 +54,17 @@ def batches(data: WindowDataset | StreamedDataset, given: dict) -> Iterator[Batc
     order = RankBatches(order_of(data, seed=0), given["batch_size"], workers=given["workers"])
     ahead = {"prefetch_factor": PREFETCH} if given["workers"] else {}
     loader = build_loader(data, order, stack, given["workers"], **ahead)
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         loader.set_epoch(epoch)
         yield from (batch["batch"] for batch in loader)
-        epoch += 1
 
 
-def speed(dataset: str, settings: str) -> dict[str, float]:
-    """Count samples per second, once the loader is warm."""
-    given = json.loads(settings)
+def speed(dataset: str, given: dict) -> float:
+    """Give the samples per second of our loader, in the order of training."""
     torch.set_num_threads(given["threads"])
-    warm_up = time.perf_counter() + given["warm_up"]
-    samples, start = 0, None
-    for batch in batches(open_data(dataset, given), given):
-        now = time.perf_counter()
-        if start is not None:
-            samples += len(batch.state)
-            if now - start >= given["seconds"]:
-                return {"samples_per_second": samples / (now - start)}
-        elif now >= warm_up:
-            start = now
-    raise AssertionError("the loader ended")
+    sizes = (len(batch.state) for batch in batches(open_data(dataset, given), given))
+    return samples_per_second(sizes, given["warm_up"], given["seconds"])
 
 
 if __name__ == "__main__":
-    print(json.dumps(speed(*sys.argv[1:])))
+    serve(speed)

@@ -1,6 +1,6 @@
 """Write a LeRobotDataset v3.0 folder, episode by episode, in little memory; it appears whole or not at all.
 
-Source: the layout that lerobot 0.4 reads (`lerobot/datasets/lerobot_dataset.py`); `benchmarks/lerobot_opens_recording.py`
+Source: the layout that lerobot 0.4 reads (`lerobot/datasets/lerobot_dataset.py`); `benchmarks/lerobot_opens_written.py`
 has LeRobot itself open what is written here.
 """
 
