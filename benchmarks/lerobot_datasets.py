@@ -91,7 +91,19 @@ def _copy_rows(source: Path, to: Path, index: int, first_row: int) -> None:
 
 
 def _copy_lines(source: Path, to: Path, episodes: Sequence[Episode]) -> None:
-    """Keep the lines of these episodes, numbered from 0."""
+    """Keep the lines of these episodes, numbered from 0; statistics of what is renumbered move along."""
     lines = {row["episode_index"]: row for row in map(json.loads, source.read_text().splitlines())}
     kept = [lines[episode.index] | {"episode_index": index} for index, episode in enumerate(episodes)]
+    first_row = 0
+    for row, episode in zip(kept, episodes, strict=True):
+        for name, start in (("episode_index", row["episode_index"]), ("index", first_row)):
+            _move(row.get("stats", {}).get(name, {}), start)
+        first_row += episode.length
     to.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _move(stats: dict[str, list], start: int) -> None:
+    """Let the statistics of a running number begin at `start`."""
+    if stats:
+        shift = start - stats["min"][0]
+        stats |= {name: [value + shift for value in stats[name]] for name in ("min", "max", "mean")}

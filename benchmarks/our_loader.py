@@ -1,9 +1,12 @@
 """What our own loader does, in a process of its own, as in_lerobot.py does what LeRobot's does.
 
-python -m benchmarks.our_loader                     each line asked: [DATASET, {"chunk": 16, "past": 0, "workers": 2, …}]
+python -m benchmarks.our_loader DATASET '{"chunk": 16, …}'   goes through it once
+python -m benchmarks.our_loader                            each line asked: [DATASET, {"chunk": 16, "past": 0, …}]
 """
 
 import itertools
+import json
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,5 +69,17 @@ def speed(dataset: str, given: dict) -> float:
     return samples_per_second(sizes, given["warm_up"], given["seconds"])
 
 
+def read_once(dataset: str, settings: str) -> None:
+    """Go through all samples of a dataset once."""
+    given = json.loads(settings)
+    torch.set_num_threads(given["threads"])
+    data = open_data(dataset, given)
+    seen = 0
+    for batch in batches(data, given):
+        seen += len(batch.state)
+        if seen == len(data):
+            break
+
+
 if __name__ == "__main__":
-    serve(speed)
+    read_once(*sys.argv[1:]) if sys.argv[1:] else serve(speed)

@@ -77,7 +77,7 @@ class Batch(TypedDict, total=False):
     """What the model's forward takes. Either pixels or view features; either ids or text features."""
 
     pixel_values: torch.Tensor
-    """(B, V, 3, H, W) float32 in [0, 1]."""
+    """(B, V, 3, H, W) uint8, as pictures are decoded; float32 about [0, 1] where the mean picture is subtracted."""
     view_features: torch.Tensor
     """(B, V, g², 2C): pooled VGGT tokens, as the cache stores them."""
     input_ids: torch.Tensor

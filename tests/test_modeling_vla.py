@@ -254,6 +254,17 @@ def test_cached_text_gives_the_loss_that_ids_give_and_llama_may_be_left_out(fusi
         model(**batch)
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", {"type": "prefix", "align_weight": 0.5}])
+def test_pictures_as_bytes_give_the_loss_that_floats_give(fusion):
+    model = tiny_model(fusion)
+    batch = tiny_batch(model.config)
+    as_bytes = (batch["pixel_values"] * 255).byte()
+    in_unit = {**batch, "pixel_values": as_bytes.float() / 255}
+    expected = loss_of(model, in_unit)
+    assert torch.equal(loss_of(model, {**batch, "pixel_values": as_bytes}), expected)
+    assert not torch.equal(loss_of(model, batch), expected), "the pictures matter"
+
+
 def test_features_are_the_pooled_patches_of_the_chosen_layer():
     model = tiny_model(vggt_layer=0, pool_grid=1)
     pixels = torch.rand(2, 2, 3, 28, 42)

@@ -153,7 +153,8 @@ def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: in
         width = 2 * config.vggt_config.embed_dim
         batch["view_features"] = torch.zeros(B, V, config.pool_grid**2, width, dtype=dtype)
     else:
-        batch["pixel_values"] = torch.zeros(B, V, 3, size, size)
+        kind = torch.float32 if recipe.data.center_images else torch.uint8
+        batch["pixel_values"] = torch.zeros(B, V, 3, size, size, dtype=kind)
     if "lang_encoder" in recipe.memory.cache:
         batch["text_features"] = torch.zeros(B, L, config.text_config.hidden_size, dtype=dtype)
     else:

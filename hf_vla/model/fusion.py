@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import CrossBlock
 from .configuration_vla import VLAConfig
+from .modeling_vggt import to_unit
 
 
 class LateFusion(nn.Module):
@@ -194,8 +195,8 @@ class PatchTokens(nn.Module):
         self.pool_grid = config.pool_grid
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Map (B, V, 3, H, W) to (B, V, g², 2C)."""
-        pixels = pixel_values.flatten(0, 1).to(self.conv.weight.dtype)
+        """Map (B, V, 3, H, W), uint8 or in [0, 1], to (B, V, g², 2C)."""
+        pixels = to_unit(pixel_values).flatten(0, 1).to(self.conv.weight.dtype)
         return pool_patches(F.gelu(self.conv(pixels)), self.pool_grid).unflatten(0, pixel_values.shape[:2])
 
 

@@ -52,12 +52,17 @@ def count_patches(pixels: int, patch_size: int, name: str) -> int:
     return pixels // patch_size
 
 
+def to_unit(pixel_values: Tensor) -> Tensor:
+    """Give pictures in [0, 1]: those that come as uint8 are a quarter of the traffic from loader to device."""
+    return pixel_values if pixel_values.is_floating_point() else pixel_values.float().div_(255)
+
+
 def normalize_pixels(pixel_values: Tensor) -> Tensor:
-    """Standardise (..., 3, H, W) in [0, 1] as ImageNet's pictures are, in float32.
+    """Standardise (..., 3, H, W), uint8 or in [0, 1], as ImageNet's pictures are, in float32.
 
     With plain numbers rather than a buffer: nothing is rounded when the model is cast, or copied to the device.
     """
-    channels = pixel_values.float().unbind(-3)
+    channels = to_unit(pixel_values).float().unbind(-3)
     return torch.stack([(x - m) / s for x, m, s in zip(channels, IMAGE_MEAN, IMAGE_STD, strict=True)], dim=-3)
 
 
@@ -246,7 +251,7 @@ class VGGTModel(PreTrainedModel):
         """Run the stack as far as the last layer asked for.
 
         Args:
-            pixel_values: (B, V, 3, H, W) in [0, 1]; H and W multiples of the patch size.
+            pixel_values: (B, V, 3, H, W), uint8 or in [0, 1]; H and W multiples of the patch size.
             layers: which layers' tokens to return; negative ones count from the end. None asks for all.
 
         Returns:

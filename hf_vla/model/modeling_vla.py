@@ -146,7 +146,7 @@ class VLAModel(VLAPreTrainedModel):
         """Run VGGT as far as the configured layer and pool each view's patch tokens.
 
         Args:
-            pixel_values: (B, V, 3, H, W) in [0, 1].
+            pixel_values: (B, V, 3, H, W), uint8 or in [0, 1].
 
         Returns:
             (B, V, g², 2C): exactly what a cache stores and what `view_features` takes. VGGT's residual stream is float32
@@ -251,7 +251,7 @@ class VLAForActionPrediction(VLAPreTrainedModel):
 
         Args:
             state: (B, S), normalised.
-            pixel_values: (B, V, 3, H, W) in [0, 1]; or else
+            pixel_values: (B, V, 3, H, W), uint8 or in [0, 1]; or else
             view_features: (B, V, g², 2C), what `encode_views` gives.
             input_ids: (B, L), padded on the right; or else
             text_features: (B, L, D), what `encode_text` gives.

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from transformers.utils import cached_file
 
 from .image_processing_vla import resize_view, stack_views
+from .modeling_vggt import to_unit
 from .normalization import MODES, Stats, normalize, unnormalize
 
 VIEW_MEANS = "view_means.png"
@@ -107,7 +108,7 @@ class VLAProcessor(ProcessorMixin):
             dataset: of a policy of several, which one state and actions are of: one of `datasets` for all, or B of them.
 
         Returns:
-            `pixel_values` (B, V, 3, H, W) float32 in [0, 1] (beyond it where pictures are centred), `input_ids` and
+            `pixel_values` (B, V, 3, H, W) uint8 (float32 about [0, 1] where pictures are centred), `input_ids` and
             `attention_mask` (B, L), `state` (B, S) and `actions` (B, T, A) normalised, `action_is_pad` (B, T).
 
         Raises:
@@ -221,8 +222,10 @@ class VLAProcessor(ProcessorMixin):
         if self.pictures == "mean":
             pixels = self._means.repeat(len(images), 1, 1, 1, 1)
         else:
-            pixels = _to_pixels(np.stack([self._fit(pair) for pair in images]))
-        return pixels.add_(torch.tensor(NEUTRAL).view(3, 1, 1) - self._means) if self.center_images else pixels
+            pixels = _channels_first(np.stack([self._fit(pair) for pair in images]))
+        if not self.center_images:
+            return pixels
+        return to_unit(pixels) + (torch.tensor(NEUTRAL).view(3, 1, 1) - to_unit(self._means))
 
     def _fit(self, pair: Sequence[np.ndarray]) -> np.ndarray:
         """Resize the pictures that don't fit yet, and stack them: (V, H, W, 3)."""
@@ -235,7 +238,7 @@ class VLAProcessor(ProcessorMixin):
             return None
         if len(view_means) != len(self.views):
             raise ValueError(f"There are {len(self.views)} views, but {len(view_means)} mean pictures.")
-        return _to_pixels(self._fit(list(view_means)))
+        return _channels_first(self._fit(list(view_means)))
 
     def _check_means(self) -> None:
         if self._means is None and (self.center_images or self.pictures == "mean"):
@@ -281,10 +284,9 @@ def _fits(picture: np.ndarray, size: tuple[int, int, int]) -> bool:
     return picture.shape == size and picture.dtype == np.uint8
 
 
-def _to_pixels(pictures: np.ndarray) -> Tensor:
-    """Turn (..., H, W, 3) uint8 into (..., 3, H, W) float32 in [0, 1]."""
-    channels_first = torch.from_numpy(pictures).movedim(-1, -3)
-    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def _channels_first(pictures: np.ndarray) -> Tensor:
+    """Turn (..., H, W, 3) uint8 into (..., 3, H, W) uint8."""
+    return torch.from_numpy(pictures).movedim(-1, -3).contiguous()
 
 
 def _read_stats(stats: dict | None) -> dict[str | None, dict[str, Stats]]:
