@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from hf_vla.checkpoint import load_trained, save_checkpoint
 from hf_vla.memory import ranks
 from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.encode_ahead import EncodeAhead
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
@@ -65,6 +66,8 @@ class VLATrainer(ResumableTrainer):
         size = recipe.data.batch_size
         sizes = [size] if recipe.memory.optimizer_in_backward else divisors(size)
         self.batcher = MicroBatcher(self.model, sizes, self._rungs(), self.tell)
+        self.ahead = EncodeAhead(recipe, self.bare_model().model, self.tell) if recipe.memory.encode_ahead else None
+        self._fetched: list[dict] = []
         size = self.args.per_device_eval_batch_size
         self.evaluation_batcher = EvaluationBatcher([size] if self.is_sharded else divisors(size), self.tell)
         self._restrict(Path(self.args.output_dir), "This run stopped for want of memory")
@@ -79,9 +82,17 @@ class VLATrainer(ResumableTrainer):
         watched = self.monitor.latest if self.monitor and "loss" in logs else {}
         super().log({**logs, **watched}, start_time)
 
+    def get_batch_samples(self, *args, **kwargs):
+        """Take the batches of an optimizer step, and keep them in sight for its first micro-step."""
+        self._fetched, count = super().get_batch_samples(*args, **kwargs)
+        return self._fetched, count
+
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Run one micro-step; after the last of an optimizer step, agree with the other ranks and average gradients."""
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        if self.ahead and self._fetched:
+            self.ahead.run(self._fetched)  # of which `inputs` is the first
+        self._fetched = []
         inputs = self._prepare_inputs(inputs)
         if self.is_sharded:
             return self._run_once(inputs, step)
@@ -259,7 +270,8 @@ class VLATrainer(ResumableTrainer):
     def _save_fit(self, directory: Path, **more: dict) -> None:
         fit = self.batcher.fit
         rungs = [rung.name for rung in self.batcher.rungs[: fit.rungs]]
-        write_json(directory / MICRO_BATCH, {"size": fit.size, "rungs": rungs, **more})
+        ahead = {"encode_ahead": self.ahead.pairs} if self.ahead else {}
+        write_json(directory / MICRO_BATCH, {"size": fit.size, "rungs": rungs, **ahead, **more})
 
     def _restrict(self, directory: Path, reason: str) -> None:
         file = directory / MICRO_BATCH
@@ -267,6 +279,8 @@ class VLATrainer(ResumableTrainer):
             found = json.loads(file.read_text())
             self.batcher.restrict(Fit(found["size"], len(found["rungs"])), reason)
             self.batcher.patience = found.get("patience", self.batcher.patience)
+            if self.ahead:
+                self.ahead.restrict(found.get("encode_ahead", self.ahead.pairs))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.bare_model(), self.recipe, resume_from_checkpoint)

@@ -44,6 +44,7 @@ ADAPTED = {"model": {**FROZEN, **DROPOUT}, "lora": LORA}
 CASES = {
     "whole": {},
     "lora": ADAPTED,
+    "ahead": {**ADAPTED, "memory": {"encode_ahead": 4}},
     "nf4_workers": {**ADAPTED, "model": {**ADAPTED["model"], "quantization": "nf4"}, "data": {"num_workers": 2}},
     "streamed": {**ADAPTED, "data": {"streaming": True, "num_workers": 1, "shuffle_episodes": 2}},
     "epochs": {
@@ -65,6 +66,7 @@ def recipe(dataset) -> Callable[[str], Recipe]:
         return tiny_recipe(
             model=case.get("model", DROPOUT),
             lora=case.get("lora", {}),
+            memory=case.get("memory", {}),
             data=data,
             training={**PLAN, **case.get("training", {})},
         )
@@ -149,6 +151,7 @@ SLOW = pytest.mark.slow
     [
         # Mid-epoch, between two lines of the log; and after the last checkpoint, before the model is written.
         pytest.param("lora", [KillAt(7), KillAt(10, "on_save")], id="lora"),
+        pytest.param("ahead", [KillAt(7)], id="ahead"),
         # Before there is a checkpoint, and before another is reached.
         pytest.param("whole", [KillAt(1), KillAt(3), KillAt(3)], id="whole", marks=SLOW),
         pytest.param("nf4_workers", [KillAt(7)], id="nf4_workers", marks=SLOW),

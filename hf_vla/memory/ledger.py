@@ -13,7 +13,7 @@ import numpy as np
 
 COMPONENTS = ("vggt", "language", "fusion", "head", "batch", "other")
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries", "host")
-PHASES = ("loading", "forward", "backward", "step", "evaluation", "saving")
+PHASES = ("loading", "encoding", "forward", "backward", "step", "evaluation", "saving")
 
 TELLING = 104_729
 """A micro-batch that tells what grows with it. Tensors of any size are as quick to trace, having no memory; that this prime

@@ -5,11 +5,13 @@ constant of the GPU, measured or stated. Each stands on a line of its own, with 
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from hf_vla.memory.allocator import reserved_peak
 from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.encode_ahead import micro_batches_at_once
 from hf_vla.memory.gpus import DEFAULT, GPU, facts_of, find_gpu
 from hf_vla.memory.ledger import PHASES, Ledger
 from hf_vla.memory.nvml import default_budget, read_gpus
@@ -125,11 +127,11 @@ def make_plan(recipe: Recipe, traced: Trace, budget: int | None, gpus: int, gpu:
         components=ledger.breakdown(event),
         tensor_peak=peak,
         peak_phase=PHASES[ledger.phase[event]],
-        phases={phase: ledger.peak(phase)[0] for phase in PHASES[1:]},
+        phases={phase: bytes for phase in PHASES[1:] if (bytes := ledger.peak(phase)[0])},
         lines=tuple(_lines(recipe, traced, ledger, gpus, gpu)),
         host_bytes=ledger.host_peak(),
         parameters=traced.parameters,
-        flops={name: total / ledger.batch_size for name, total in traced.work.flops_of().items()},
+        flops=flops_a_sample(recipe, traced),
         samples_per_second=samples_per_second(recipe, traced, gpus, gpu),
         notes=tuple(_notes(recipe, shapes, gpus)),
     )
@@ -148,11 +150,20 @@ def is_sharded(recipe: Recipe, gpus: int) -> bool:
     return gpus > 1 and bool(recipe.training.get("fsdp"))
 
 
+def flops_a_sample(recipe: Recipe, traced: Trace) -> dict[str, float]:
+    """Count forward and backward of one sample, by component, wherever in a step they run."""
+    batch_size, flops = traced.ledger.batch_size, Counter(traced.work.flops_of())
+    for name, total in traced.work.flops_of(("encoding",)).items():
+        flops[name] += total / micro_batches_at_once(recipe, batch_size)
+    return {name: total / batch_size for name, total in flops.items()}
+
+
 def samples_per_second(recipe: Recipe, traced: Trace, gpus: int, gpu: GPU) -> float:
     """Predict the throughput of all GPUs together: kernels, then what moves between GPUs and to the host."""
     accumulation = recipe.training["gradient_accumulation_steps"]
     ledger, share = traced.ledger, (gpus - 1) / gpus
     micro_step = traced.work.seconds(gpu, ("forward", "backward"))
+    micro_step += traced.work.seconds(gpu, ("encoding",)) / micro_batches_at_once(recipe, ledger.batch_size)
     micro_step += 2 * ledger.host_traffic(("forward", "backward")) / gpu.host_bandwidth
     step = traced.work.seconds(gpu, ("step",)) + 2 * ledger.host_traffic(("loading",)) / gpu.host_bandwidth
     if is_sharded(recipe, gpus):
@@ -190,6 +201,11 @@ def _notes(recipe: Recipe, shapes: Shapes, gpus: int) -> list[str]:
         notes.append(
             f"Counts on cached outputs of {names}, which `hf-vla cache` builds; until then training runs what isn't there: "
             "plan that with --set 'memory.cache=[]'."
+        )
+    if recipe.memory.encode_ahead:
+        notes.append(
+            f"VGGT runs before each optimizer step, {recipe.memory.encode_ahead} pairs at once; its features are held for "
+            "all of it, and pixels wait on the host."
         )
     if recipe.memory.optimizer_in_backward:
         notes.append("Optimizer in backward: no clipping of gradients, no accumulation; a step can't be run again.")

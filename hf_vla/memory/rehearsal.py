@@ -38,11 +38,11 @@ class Rehearsal:
             OptimizerInBackward(self._optimizer)
         self._forward = autocast_forward(model, recipe)
 
-    def warm_up(self, accumulates: bool) -> None:
-        """Bring optimizer states, and gradients that accumulate, into being without a step of training.
+    def warm_up(self) -> None:
+        """Bring optimizer states into being without a step of training.
 
-        What follows then runs beside them, as every step but the first and every micro-step but the first does. No
-        earlier one holds more: they do the same with less.
+        What follows then runs beside them, as every step but the first does. The first holds no more: it does the same
+        with less.
         """
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -50,11 +50,13 @@ class Rehearsal:
         self._optimizer.step()
         self._label_states()
         self._model.zero_grad()
-        if accumulates:
-            for component, part in parts_of(self._model).items():
-                for parameter in filter(lambda p: p.requires_grad, part.parameters()):
-                    parameter.grad = torch.zeros_like(parameter)
-                    self._tracker.label([parameter.grad], component, "gradients")
+
+    def accumulate(self) -> None:
+        """Bring gradients into being, beside which every micro-step but the first runs."""
+        for component, part in parts_of(self._model).items():
+            for parameter in filter(lambda p: p.requires_grad, part.parameters()):
+                parameter.grad = torch.zeros_like(parameter)
+                self._tracker.label([parameter.grad], component, "gradients")
 
     def train_step(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Run one optimizer step: micro-steps, clipping, update."""

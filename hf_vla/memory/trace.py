@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.lora import count_parameters
 from hf_vla.memory.cuda_rules import cuda_autocast, offloading, workspace_bytes
+from hf_vla.memory.encode_ahead import EncodeAhead, micro_batches_at_once
 from hf_vla.memory.ledger import Ledger
 from hf_vla.memory.materialize import fake_tables, fill_with_fake
 from hf_vla.memory.rehearsal import Rehearsal
@@ -96,7 +98,7 @@ def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
         leave_out_cached(model, recipe)
         fill_with_fake(model)
         with tracker:
-            Rehearsal(recipe, model, tracker).warm_up(accumulates=False)
+            Rehearsal(recipe, model, tracker).warm_up()
     ledger = tracker.ledger()
     return ledger.held("optimizer") + ledger.held("host")
 
@@ -124,19 +126,60 @@ def rehearse(
     eval_size = recipe.training.get("per_device_eval_batch_size", batch_size)
     with tracker:
         rehearsal = Rehearsal(recipe, model, tracker)
-        # Trainer fetches all micro-batches of a step before the first, and holds them until the next step's are there
-        batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
-        for batch in batches:
-            tracker.label(batch.values(), "batch", "activations")
+        fetch = partial(fetch_step, recipe, model, shapes, batch_size, tracker)
         if extent == "two steps":
-            rehearsal.train_step(batches[:2])
-            rehearsal.train_step(batches[:2])
+            for _ in range(2):
+                batches = None  # none of the last step's are left
+                batches = fetch(encoded=accumulation)
+                rehearsal.train_step(batches[:2])
         else:
-            rehearsal.warm_up(accumulates=accumulation > 1)
+            rehearsal.warm_up()
+            batches = fetch(encoded=micro_batches_at_once(recipe, batch_size))
+            if accumulation > 1:
+                rehearsal.accumulate()
             rehearsal.train_step(batches[:1])
         if extent != "step":
             rehearsal.evaluate(make_batch(model.config, shapes, recipe, eval_size))
             rehearsal.save()
+
+
+def fetch_step(
+    recipe: Recipe,
+    model: VLAForActionPrediction,
+    shapes: Shapes,
+    batch_size: int,
+    tracker: MemoryTracker,
+    encoded: int,
+) -> list[dict[str, Tensor]]:
+    """Make the micro-batches of an optimizer step, which Trainer fetches together and holds until the next step's are there.
+
+    Args:
+        recipe, model, shapes, batch_size, tracker: as `rehearse` takes them.
+        encoded: where VGGT runs ahead, for how many micro-batches it is seen to run; the others have their features.
+    """
+    accumulation = recipe.training["gradient_accumulation_steps"]
+    if recipe.memory.encode_ahead:
+        with tracker.phase("encoding"), tracker.host():
+            batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
+        with tracker.phase("encoding"):
+            encode_last(recipe, model, shapes, batches, encoded)
+    else:
+        batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
+    for batch in batches:
+        tracker.label(batch.values(), "batch", "activations")
+    return batches
+
+
+def encode_last(
+    recipe: Recipe, model: VLAForActionPrediction, shapes: Shapes, batches: list[dict[str, Tensor]], encoded: int
+) -> None:
+    """Take batches from the host to the device, all but their pixels, and run VGGT ahead for the last of them."""
+    for batch in batches:
+        batch |= {name: tensor.clone() for name, tensor in batch.items() if name != "pixel_values"}
+    for batch in batches[:-encoded]:
+        count = len(batch.pop("pixel_values"))
+        batch["view_features"] = make_features(model.config, shapes, count, model.model.vggt.dtype)
+    EncodeAhead(recipe, model.model).run(batches[-encoded:])
 
 
 def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: int) -> dict[str, Tensor]:
@@ -150,8 +193,7 @@ def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: in
         "attention_mask": torch.ones(B, L, dtype=torch.long),
     }
     if "vggt" in recipe.memory.cache:
-        width = 2 * config.vggt_config.embed_dim
-        batch["view_features"] = torch.zeros(B, V, config.pool_grid**2, width, dtype=dtype)
+        batch["view_features"] = make_features(config, shapes, B, dtype)
     else:
         kind = torch.float32 if recipe.data.center_images else torch.uint8
         batch["pixel_values"] = torch.zeros(B, V, 3, size, size, dtype=kind)
@@ -160,6 +202,13 @@ def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: in
     else:
         batch["input_ids"] = torch.zeros(B, L, dtype=torch.long)
     return batch
+
+
+def make_features(config: VLAConfig, shapes: Shapes, batch_size: int, dtype: torch.dtype) -> Tensor:
+    """Make VGGT's pooled tokens (B, V, g², 2C), of zeros."""
+    return torch.zeros(
+        batch_size, shapes.num_views, config.pool_grid**2, 2 * config.vggt_config.embed_dim, dtype=dtype
+    )
 
 
 def leave_out_cached(model: VLAForActionPrediction, recipe: Recipe) -> None:

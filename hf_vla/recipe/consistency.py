@@ -15,6 +15,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_geometry(recipe)
     _check_one_answer(recipe)
     _check_fusion(recipe)
+    _check_encode_ahead(recipe)
     _check_outputs(recipe)
     _check_hub(recipe)
     _check_augmentation(recipe)
@@ -81,6 +82,21 @@ def _check_fusion(recipe: Recipe) -> None:
             "memory.cache names 'lang_encoder', but in model.fusion.type prefix it reads the views too, and its outputs "
             "change as the fusion trains: take it out of memory.cache, or choose cross_attention or gated."
         )
+
+
+def _check_encode_ahead(recipe: Recipe) -> None:
+    """Refuse to run a VGGT ahead of a step that needs it in the step, or never runs it."""
+    pairs, is_sharded = recipe.memory.encode_ahead, recipe.training.get("fsdp") or recipe.training.get("deepspeed")
+    if pairs < 0:
+        raise RecipeError(f"memory.encode_ahead is {pairs}: give how many pairs VGGT encodes at once, or 0.")
+    reasons = {
+        "VGGT trains, and is part of each micro-step": not recipe.model.freeze_vggt or "vggt" in recipe.lora.apply_to,
+        "memory.cache names 'vggt', which then doesn't run": "vggt" in recipe.memory.cache,
+        "with model.fusion.align_weight micro-steps look at the pictures themselves": recipe.model.fusion.align_weight,
+        "sharded weights (training.fsdp, training.deepspeed) are gathered in micro-steps only": is_sharded,
+    }
+    for reason in (reason for reason, holds in reasons.items() if pairs and holds):
+        raise RecipeError(f"memory.encode_ahead is {pairs}, but {reason}: set it to 0.")
 
 
 def _check_outputs(recipe: Recipe) -> None:

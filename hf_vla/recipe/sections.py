@@ -193,6 +193,9 @@ class Memory:
     """Processes, one a GPU, that the recipe is for; training refuses any other number. None takes what is launched."""
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there, and free the gradient: no clipping, and no accumulation."""
+    encode_ahead: int = 0
+    """Pairs that a frozen VGGT encodes at once, before an optimizer step and for all its micro-batches; 0 lets each of them
+    encode its own. More than a micro-batch is faster where that is small, fewer take less memory; only rounding differs."""
     cache: list[Literal["vggt", "lang_encoder"]] = field(default_factory=list)
     """Frozen backbones whose outputs are read from a cache where `hf-vla cache` has built one, so that they aren't even
     loaded; where it hasn't, they run in each step. A cache of anything else than this recipe is an error."""
