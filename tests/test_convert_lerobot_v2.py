@@ -95,7 +95,7 @@ def test_an_instruction_that_changes_on_the_way_does_so_after(tmp_path):
 
 def test_part_of_a_dataset_is_renumbered(tmp_path):
     old = write_v2(tmp_path / "old")
-    episode_file(old, 1).unlink()
+    episode_file(old, 0).unlink()
     new = windows(to_v3(old, tmp_path / "new"))
     assert [episode.index for episode in new.episodes] == [0, 1, 2]
     assert_same(windows(old), new)
