@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
-from throughput import samples_per_second, serve
+from throughput import measure, serve
 
 NAME = "local/dataset"
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
@@ -62,8 +62,8 @@ def convert(folder: str, name: str) -> dict[str, str]:
     return {"converted": str(Path(folder) / name)}
 
 
-def speed(dataset: str, given: dict) -> float:
-    """Give the samples per second of `LeRobotDataset` in torch's DataLoader, in random order."""
+def speed(dataset: str, given: dict) -> dict[str, float]:
+    """Measure the speed of `LeRobotDataset` in torch's DataLoader, in random order."""
     torch.set_num_threads(given["threads"])
     data = open_data(dataset, given["chunk"], given["past"], given["backend"])
     workers = given["workers"]
@@ -77,7 +77,7 @@ def speed(dataset: str, given: dict) -> float:
         persistent_workers=workers > 0,
     )
     sizes = (len(batch["index"]) for _ in itertools.count() for batch in loader)
-    return samples_per_second(sizes, given["warm_up"], given["seconds"])
+    return measure(sizes, given["warm_up"], given["seconds"])
 
 
 def open_data(dataset: str, chunk: int, past: int, backend: str) -> LeRobotDataset:

@@ -6,7 +6,8 @@ The G1 sample's episodes (640 x 480, one camera) lie in LeRobot's v3.0 format as
 and as the AV1 that they were recorded in; both loaders read the same folders. A sample is a state, 16 actions and one
 picture, or two of different moments, drawn in random order. `LeRobotDataset` in torch's DataLoader gets the best of a grid
 of its settings (video backend, workers, threads) for each store; ours is what training builds, with its two workers.
-No processor runs on either side: LeRobot's batches are float32 pictures, ours uint8. Both are warm, and take turns.
+No processor runs on either side, and torch's own collate stacks both: LeRobot's pictures are float32, ours uint8. Both are
+warm, and take turns.
 
 To cut a chunk of actions LeRobot decodes the pictures of all of its rows where they are embedded, so that store is measured
 with a single action, too.
@@ -29,7 +30,7 @@ from benchmarks.lerobot_environment import SCRIPT, facts_of, make_environment, v
 from benchmarks.result import RESULTS, write_result
 from hf_vla.convert.lerobot_v2 import to_v3
 
-Speed = Callable[[Path, dict[str, Any]], float]
+Speed = Callable[[Path, dict[str, Any]], dict[str, float]]
 
 BATCH = 8
 WINDOWS = {"one picture": {"past": 0, "chunk": 16}, "two moments": {"past": 5, "chunk": 16}}
@@ -79,7 +80,7 @@ def loader(command: list[str], cache: Path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=variables(cache), **pipes) as process:
 
-        def ask(dataset: Path, given: dict[str, Any]) -> float:
+        def ask(dataset: Path, given: dict[str, Any]) -> dict[str, float]:
             print(json.dumps([str(dataset), given]), file=process.stdin, flush=True)
             answer = process.stdout.readline()
             if not answer:
@@ -98,13 +99,20 @@ def measure(path: Path, backends: list[str], rounds: int, theirs: Speed, ours: S
     best = max(grid, key=lambda tried: tried["samples_per_second"])["settings"]
     windows = {}
     for window, given in (WINDOWS | ({} if is_video else ONE_ACTION)).items():
-        turns: dict[str, list[float]] = {"ours": [], "lerobot": []}
+        turns: dict[str, list[dict[str, float]]] = {"ours": [], "lerobot": []}
         for _ in range(rounds):
             turns["ours"].append(ours(path, common | OURS | given))
             turns["lerobot"].append(theirs(path, common | best | given))
-        middle = {name: statistics.median(speeds) for name, speeds in turns.items()}
-        windows[window] = middle | {"times_faster": middle["ours"] / middle["lerobot"], "turns": turns}
+        windows[window] = {key: compare(turns, key) for key in ("samples_per_second", "processor_ms")}
     return {"lerobot_best": best, "windows": windows, "lerobot_tried": grid}
+
+
+def compare(turns: dict[str, list[dict[str, float]]], key: str) -> dict[str, Any]:
+    """Give both loaders' medians of a quantity, how many times better ours is, and each turn's."""
+    values = {name: [turn[key] for turn in turns[name]] for name in turns}
+    middle = {name: statistics.median(values[name]) for name in values}
+    times = middle["ours"] / middle["lerobot"] if key == "samples_per_second" else middle["lerobot"] / middle["ours"]
+    return middle | {"times": times, "turns": values}
 
 
 def try_settings(path: Path, backends: list[str], common: dict[str, Any], theirs: Speed) -> list[dict[str, Any]]:
@@ -112,17 +120,18 @@ def try_settings(path: Path, backends: list[str], common: dict[str, Any], theirs
     grid = []
     for backend, (workers, threads) in itertools.product(backends, READERS):
         settings = {"backend": backend, "workers": workers, "threads": threads}
-        grid.append({"settings": settings, "samples_per_second": theirs(path, common | settings)})
+        grid.append({"settings": settings} | theirs(path, common | settings))
     return grid
 
 
 def table(results: dict[str, Any]) -> str:
     """Give the table that the README has."""
-    lines = ["| stored as | window | ours | LeRobot | times |", "|---|---|---|---|---|"]
+    lines = ["| stored as | window | samples/s, ours | LeRobot | times | processor ms, ours | LeRobot | times |"]
+    lines += ["|" + "---|" * 8]
     for store, found in results.items():
         for window, speeds in found["windows"].items():
-            numbers = f"{speeds['ours']:.0f} | {speeds['lerobot']:.0f} | {speeds['times_faster']:.1f}"
-            lines.append(f"| {store} | {window} | {numbers} |")
+            cells = [f"{s['ours']:.3g} | {s['lerobot']:.3g} | {s['times']:.1f}" for s in speeds.values()]
+            lines.append(f"| {store} | {window} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -8,12 +8,12 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
-from benchmarks.throughput import samples_per_second, serve
+from benchmarks.throughput import measure, serve
 from hf_vla.data.lerobot_format import open_dataset
 from hf_vla.data.loader import RankBatches, build_loader
 from hf_vla.data.mixture import order_of
@@ -22,25 +22,17 @@ from hf_vla.data.windows import WindowDataset
 from hf_vla.recipe import View
 from hf_vla.sample import Sample
 
+COLUMNS = ("state", "actions", "action_is_pad", "task")
 PREFETCH = 2
 """Batches that each worker reads ahead, as many as torch's DataLoader by itself."""
 
 
-class Batch(NamedTuple):
-    """Samples as they were read: no processor, as LeRobot's batches have none."""
-
-    images: torch.Tensor
-    """(B, V, H, W, 3) uint8."""
-    state: torch.Tensor
-    actions: torch.Tensor
-    action_is_pad: torch.Tensor
-
-
-def stack(samples: list[Sample]) -> dict[str, Batch]:
-    """Stack a batch, in place of the collator."""
-    columns = [np.stack([sample.images for sample in samples])]
-    columns += [np.stack([getattr(sample, name) for sample in samples]) for name in Batch._fields[1:]]
-    return {"batch": Batch(*map(torch.from_numpy, columns))}
+def stack(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """Stack a batch as torch does by itself, in place of the collator: pictures (B, V, H, W, 3) uint8."""
+    rows = [
+        {name: getattr(sample, name) for name in COLUMNS} | {"images": np.stack(sample.images)} for sample in samples
+    ]
+    return default_collate(rows)
 
 
 def open_data(dataset: str, given: dict) -> WindowDataset | StreamedDataset:
@@ -52,21 +44,21 @@ def open_data(dataset: str, given: dict) -> WindowDataset | StreamedDataset:
     return kind(info, views, given["chunk"])
 
 
-def batches(data: WindowDataset | StreamedDataset, given: dict) -> Iterator[Batch]:
+def batches(data: WindowDataset | StreamedDataset, given: dict) -> Iterator[dict[str, torch.Tensor]]:
     """Go through the loader that training builds, epoch after epoch."""
     order = RankBatches(order_of(data, seed=0), given["batch_size"], workers=given["workers"])
     ahead = {"prefetch_factor": PREFETCH} if given["workers"] else {}
     loader = build_loader(data, order, stack, given["workers"], **ahead)
     for epoch in itertools.count():
         loader.set_epoch(epoch)
-        yield from (batch["batch"] for batch in loader)
+        yield from loader
 
 
-def speed(dataset: str, given: dict) -> float:
-    """Give the samples per second of our loader, in the order of training."""
+def speed(dataset: str, given: dict) -> dict[str, float]:
+    """Measure the speed of our loader, in the order of training."""
     torch.set_num_threads(given["threads"])
-    sizes = (len(batch.state) for batch in batches(open_data(dataset, given), given))
-    return samples_per_second(sizes, given["warm_up"], given["seconds"])
+    sizes = (len(batch["state"]) for batch in batches(open_data(dataset, given), given))
+    return measure(sizes, given["warm_up"], given["seconds"])
 
 
 def read_once(dataset: str, settings: str) -> None:
@@ -76,7 +68,7 @@ def read_once(dataset: str, settings: str) -> None:
     data = open_data(dataset, given)
     seen = 0
     for batch in batches(data, given):
-        seen += len(batch.state)
+        seen += len(batch["state"])
         if seen == len(data):
             break
 
