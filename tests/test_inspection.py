@@ -237,6 +237,29 @@ def test_episodes_of_a_few_steps_are_looked_at(tmp_path):
     assert "short_episodes" in kinds(root, tmp_path)
 
 
+def test_a_video_that_lies_about_its_rate_is_told_and_read_all_the_same(tmp_path):
+    av = pytest.importorskip("av")
+    root = write(tmp_path / "toy", "video")
+    file = next((root / "videos/observation.images.wrist").rglob("*.mp4"))
+    with av.open(str(file)) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, width=SIDE, height=SIDE, pix_fmt="yuv420p")
+        for k, shown in enumerate([*pictures, pictures[-1]]):
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            frame.pts = k if k < len(pictures) else 10 * k  # one late frame, and the mean rate is another
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (found,) = inspect(root, tmp_path / "page.html").findings
+    assert (found.level, found.kind) == ("note", "container_rate") and "wrist: " in found.text
+
+
+def test_a_gripper_between_open_and_closed_is_told(tmp_path):
+    root = write(tmp_path / "toy", change=lambda e, state, action, p: action[5:7].__setitem__((slice(None), 3), 0.4))
+    (found,) = inspect(root, tmp_path / "page.html").findings
+    assert found.kind == "gripper_between" and "in 12 of 148 rows" in found.text
+
+
 def test_a_missing_file_in_the_middle_is_found_and_the_rest_looked_at(tmp_path):
     root = lerobot_folders.write_v2(tmp_path / "toy")
     (root / "data/chunk-000/episode_000001.parquet").unlink()
@@ -306,7 +329,7 @@ def test_the_traps_of_an_rlds_set_are_found(tmp_path):
     recordings = inspect(tmp_path / "toy", tmp_path / "page.html")
     found = {finding.kind: finding.text for finding in recordings.findings}
     assert "image_3 is black" in found["black_camera"] and "5 of 5 episodes of the split val" in found["overlap"]
-    assert "All 5 episodes have 10 steps" in found["one_length"] and "has_image_1 says no" in found["wrong_flag"]
+    assert "All 5 episodes have 10 steps" in found["one_length"] and "has_image_1 deny what" in found["wrong_flag"]
     assert "describes 9" in found["wrong_description"] and "action_0" in found["first_action_zero"]
     assert {"is_last_never", "is_terminal_never", "reward_never", "no_rate", "short_episodes"} <= set(found)
 
@@ -346,5 +369,5 @@ def test_the_traps_of_the_real_humanoid_are_found(tmp_path):
 @pytest.mark.skipif(not (SHARED / "data/octo_bridge_debug").is_dir(), reason="no shared reference data here")
 def test_the_traps_of_the_real_widowx_are_found(tmp_path):
     wanted = {"overlap", "black_camera", "wrong_flag", "wrong_description", "first_action_zero", "one_length"}
-    wanted |= {"is_last_never", "is_terminal_never", "reward_never", "no_rate", "short_episodes"}
+    wanted |= {"is_last_never", "is_terminal_never", "reward_never", "no_rate", "short_episodes", "gripper_between"}
     assert kinds(SHARED / "data/octo_bridge_debug", tmp_path) == wanted

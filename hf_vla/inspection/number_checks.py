@@ -16,6 +16,8 @@ FAR = 5.0
 """Widths between q01 and q99 beyond these, from which a value counts as out of range."""
 JUMP = 0.5
 """Share of the width between q01 and q99 that no state changes by in one step, if steps are a tenth of that as a rule."""
+MOSTLY = 0.2
+"""Share of rows under which a gripper is between open and closed by exception."""
 LEAD = 30
 """Steps that a command is looked for ahead of the state."""
 
@@ -143,7 +145,24 @@ def check_commands(state: Vector, action: Vector) -> Iterator[Finding]:
             f"given. Leave the first "
             "frame out (drop_first: 1 in a convention).",
         )
+    yield from _between(action)
     yield from _lead(state, action)
+
+
+def _between(action: Vector) -> Iterator[Finding]:
+    """Look for grippers that are commanded to open or close, but not always wholly."""
+    for d, name in enumerate(action.names):
+        values = action.values[np.isfinite(action.values[:, d]), d]
+        low, high = values.min(initial=np.inf), values.max(initial=-np.inf)
+        is_between = np.minimum(values - low, high - values) > 0.05 * (high - low)
+        if is_hand(name, d, len(action.names)) and 0 < is_between.mean() < MOSTLY:
+            yield Finding(
+                "note",
+                "gripper_between",
+                f"{action.key}: {name} is {low:.3g} or {high:.3g} as a rule, and between them in {int(is_between.sum())} of "
+                f"{len(values)} rows: no switch, as a gripper that only opens and closes takes. A convention's `settle` "
+                "decides them.",
+            )
 
 
 def _lead(state: Vector, action: Vector) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hf_vla.convert.episode import RawEpisode
 from hf_vla.convert.rlds import Feature, RLDSSource
-from hf_vla.inspection.finding import Finding
+from hf_vla.inspection.finding import Finding, some
 from hf_vla.inspection.number_checks import Vector, check_overlap
 from hf_vla.inspection.picture_checks import Seen, check_pictures, is_black
 from hf_vla.inspection.recordings import EPISODES_SEEN, FRAMES_SEEN, Recordings, check_numbers, look, moving, spread
@@ -36,7 +36,7 @@ def read_rlds(folder: str | Path) -> Recordings:
         found = Finding("error", "unreadable", f"The split {split} can't be read: {error}")
         return Recordings(str(folder), {"format": "RLDS"}, [found])
     state, action = (_vector(episodes, source.features, word) for word in ("state", "action"))
-    cameras = [path for path, feature in source.features.items() if feature.is_bytes and "image" in path]
+    cameras = sorted(path for path, feature in source.features.items() if feature.is_bytes and "image" in path)
     seen, unreadable = _look(episodes, cameras)
     recordings = Recordings(
         name=f"{source.folder.name} ({split})",
@@ -131,17 +131,17 @@ def _flags(episodes: list[RawEpisode], cameras: list[str], seen: Seen) -> Iterat
                 f"{path}_never",
                 f"{path} is 0 in every step of every episode: an episode's end, or success, can't be told by it.",
             )
+    wrong: dict[str, list[str]] = {"deny what their cameras show": [], "promise pictures that are black": []}
+    denying, promising = wrong.values()
     for camera in cameras:
-        name = camera.rsplit("/", 1)[-1]
-        said = [e.whole[f"episode_metadata/has_{name}"] for e in episodes if f"episode_metadata/has_{name}" in e.whole]
+        flag = f"episode_metadata/has_{camera.rsplit('/', 1)[-1]}"
+        said = [episode.whole[flag] for episode in episodes if flag in episode.whole]
         shows = any(not is_black(picture) for pictures in seen[camera].values() for picture in pictures)
         if said and shows != bool(np.any(said)):
-            yield Finding(
-                "warning",
-                "wrong_flag",
-                f"has_{name} says {'no' if shows else 'yes'} in the episodes' metadata, but {camera} "
-                f"{'shows pictures' if shows else 'is black'}: the flag is wrong.",
-            )
+            (denying if shows else promising).append(flag)
+    for what, flags in wrong.items():
+        if flags:
+            yield Finding("warning", "wrong_flag", f"{some(flags)} {what}: don't go by them.")
 
 
 def _descriptions(source: RLDSSource) -> Iterator[Finding]:
