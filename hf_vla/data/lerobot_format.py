@@ -95,7 +95,8 @@ class DatasetInfo:
     def stats(self) -> dict[str, dict[str, np.ndarray]]:
         """Give mean, std, min, max, q01 and q99 of state and action, each (D,) float32.
 
-        They are the dataset's own, or computed from its rows where those are missing or cover other rows.
+        They are the dataset's own, or computed from its rows where those are missing or cover other rows. Held-out episodes
+        count, as in LeRobot's `meta/`: so the same scale is used whichever are held out, but it has seen their range.
         """
         return {key: self._stats_of(key) for key in (STATE, ACTION)}
 

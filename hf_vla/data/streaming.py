@@ -4,6 +4,9 @@ Only `meta/` is read ahead. An episode's rows are fetched from the parquet row g
 or frame by frame out of its videos, and it becomes a `WindowDataset` of its own: what a sample is, is written there alone.
 The last few episodes are kept, and `order.py` goes through as many at a time.
 
+It is map-style, so that going on with a run is a seek. A `datasets.IterableDataset` goes on in a shuffled epoch with its
+buffer filled anew: what was in it isn't seen (github.com/huggingface/datasets/issues/7444).
+
 Letters: n samples, S state dims, A action dims, T chunk length.
 """
 
