@@ -10,7 +10,7 @@ from hf_vla.data.collator import VLACollator
 from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.meter import GPUMeter, Meter
-from hf_vla.memory.microbatch import Fit, free_cache
+from hf_vla.memory.microbatch import free_cache
 from hf_vla.memory.probe import ProbeResult, calibrate, probe
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
@@ -71,7 +71,7 @@ class TrainingRuns:
         trainer.batcher.rungs.clear()  # whether it fits as it is, is the question
         try:
             trainer.train()
-            fits = trainer.batcher.fit == Fit(batch_size) and trainer.evaluation_batcher.sizes[-1:] == [batch_size]
+            fits = trainer.is_uncut and trainer.evaluation_batcher.sizes[-1:] == [batch_size]
         except (MemoryBudgetError, SystemExit):  # nothing fits; a step that can't be run again
             fits = False
         self.model.zero_grad(set_to_none=True)

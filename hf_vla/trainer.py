@@ -208,6 +208,12 @@ class VLATrainer(ResumableTrainer):
         return model
 
     @property
+    def is_uncut(self) -> bool:
+        """Whether all training so far has fitted as the recipe has it."""
+        is_whole = self.batcher.fit == Fit(self.recipe.data.batch_size)
+        return is_whole and (self.ahead is None or self.ahead.pairs == self.ahead.asked)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the forward is itself a collective."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled

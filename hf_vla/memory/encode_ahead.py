@@ -33,7 +33,7 @@ class EncodeAhead:
     """
 
     def __init__(self, recipe: Recipe, model: VLAModel, tell: Tell = lambda kind, text: None):
-        self.pairs = min(recipe.memory.encode_ahead, pairs_of_a_step(recipe))
+        self.asked = self.pairs = min(recipe.memory.encode_ahead, pairs_of_a_step(recipe))
         self._encode, self._vggt, self._tell = partial(encode_views, recipe, model), model.vggt, tell
 
     def run(self, batches: list[Batch]) -> None:
