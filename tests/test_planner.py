@@ -156,6 +156,17 @@ def test_the_search_finds_what_fits_fastest_first(recipe):
 
 
 @pytest.mark.slow
+def test_vggt_ahead_of_small_micro_batches_is_proposed_where_it_is_faster(recipe):
+    small = replace(recipe, data=replace(recipe.data, batch_size=2))
+    budget = plan_recipe(small, shapes=SHAPES).total
+    best, second, *_ = search(Wish(effective_batch=8), budget, recipe, shapes=SHAPES, workers=1)
+    assert best.rungs[-1] == "VGGT ahead, 8 pairs at once"
+    assert (best.recipe.memory.encode_ahead, second.recipe.memory.encode_ahead) == (8, 0)
+    assert best.plan.total <= budget
+    assert best.plan.total == plan_recipe(best.recipe, budget, shapes=SHAPES).total
+
+
+@pytest.mark.slow
 def test_an_impossible_budget_names_the_smallest_that_works(recipe):
     with pytest.raises(MemoryBudgetError, match=r"smallest budget that works is (\d+\.\d+ GiB)") as error:
         search(Wish(effective_batch=8), 100 * MIB, recipe, shapes=SHAPES, workers=1)

@@ -87,6 +87,6 @@ def pairs_of_a_step(recipe: Recipe) -> int:
 
 
 def micro_batches_at_once(recipe: Recipe, batch_size: int) -> int:
-    """Count the micro-batches whose pairs go through VGGT together, or that the last of a step are looked at alone."""
+    """Count the micro-batches that lie in one pass through VGGT, wholly or in part; a trace needs no more of them."""
     wanted = math.ceil(recipe.memory.encode_ahead / batch_size)
     return max(1, min(wanted, recipe.training["gradient_accumulation_steps"]))

@@ -2,7 +2,8 @@
 
 Rungs: micro-batch against accumulation, activation checkpointing and its offload, optimizer states in 32 bits, 8 bits or
 paged, the optimizer inside backward, cached features of frozen backbones, sharding over the GPUs. What must be traced anew
-is traced, once; the rest (micro-batch, states, sharding) is read off the ledgers.
+is traced, once; the rest (micro-batch, states, sharding) is read off the ledgers. Last, the fastest is tried with its frozen
+VGGT ahead of each step.
 """
 
 import math
@@ -13,7 +14,9 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
+from hf_vla.caching.build import AT_ONCE
 from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.encode_ahead import pairs_of_a_step
 from hf_vla.memory.gpus import GPU
 from hf_vla.memory.ledger import TELLING
 from hf_vla.memory.planner import Plan, gpu_to_plan_for, make_plan, plan_recipe, samples_per_second
@@ -21,7 +24,8 @@ from hf_vla.memory.shapes import Shapes, read_shapes
 from hf_vla.memory.sizes import GIB, format_size
 from hf_vla.memory.trace import Trace, state_bytes, trace
 from hf_vla.memory.wishes import ALLOW, Wish, allowed_changes, recipe_of
-from hf_vla.recipe import Recipe, make_recipe
+from hf_vla.recipe import Recipe, RecipeError, make_recipe
+from hf_vla.recipe.consistency import check_consistency
 
 AS_IS, EIGHT_BIT, PAGED = "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"
 OPTIMIZERS = {AS_IS: "AdamW", EIGHT_BIT: "8-bit AdamW", PAGED: "paged 8-bit AdamW"}
@@ -39,6 +43,8 @@ SHARDING = {
 }
 WORTH_ROUNDING = GIB
 """Bytes of optimizer states from which on 8 bits are tried: below that they would change numbers for little."""
+WORTH_ENCODING_AHEAD = 1.01
+"""Times the speed without, from which on VGGT ahead of a step is proposed: below that it is nothing one could measure."""
 SHORTLIST = 8
 """Ways whose plans are made in full, fragmentation replayed; the fastest of them is then traced for itself."""
 
@@ -118,7 +124,7 @@ def search(
     found = _exact([c for c in shortlist if c.plan.fits], budget, facts, shapes)
     if not found:
         raise _nothing_fits(min(ways, key=_Way.tensor_peak), budget, facts, shapes, wish)
-    return found
+    return [_with_vggt_ahead(found[0], budget, facts, shapes), *found[1:]]
 
 
 def _ways(wish: Wish, base: Recipe, shapes: Shapes, workers: int) -> list[_Way]:
@@ -213,6 +219,26 @@ def _exact(candidates: list[Candidate], budget: int, gpu: GPU, shapes: Shapes) -
         if plan.fits:
             return [replace(candidate, plan=plan), *candidates[place + 1 :]]
     return []
+
+
+def _with_vggt_ahead(best: Candidate, budget: int, gpu: GPU, shapes: Shapes) -> Candidate:
+    """Let VGGT run ahead of the fastest one's steps where that is allowed, fits and is predicted to be faster still."""
+    pairs = min(pairs_of_a_step(best.recipe), AT_ONCE)
+    recipe = _with(best.recipe, memory={"encode_ahead": pairs})
+    if pairs <= best.plan.batch_size or not _is_consistent(recipe):
+        return best
+    plan = plan_recipe(recipe, budget, gpu=gpu.name, shapes=shapes)
+    if not plan.fits or plan.samples_per_second < WORTH_ENCODING_AHEAD * best.plan.samples_per_second:
+        return best
+    return replace(best, recipe=recipe, plan=plan, rungs=(*best.rungs, f"VGGT ahead, {pairs} pairs at once"))
+
+
+def _is_consistent(recipe: Recipe) -> bool:
+    try:
+        check_consistency(recipe)
+    except RecipeError:
+        return False
+    return True
 
 
 def _with(recipe: Recipe, training: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:

@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, traced: Trace, budget: int | None, gpus: int, gpu:
         components=ledger.breakdown(event),
         tensor_peak=peak,
         peak_phase=PHASES[ledger.phase[event]],
-        phases={phase: bytes for phase in PHASES[1:] if (bytes := ledger.peak(phase)[0])},
+        phases={phase: most for phase in PHASES[1:] if (most := ledger.peak(phase)[0])},
         lines=tuple(_lines(recipe, traced, ledger, gpus, gpu)),
         host_bytes=ledger.host_peak(),
         parameters=traced.parameters,

@@ -157,14 +157,15 @@ def fetch_step(
         recipe, model, shapes, batch_size, tracker: as `rehearse` takes them.
         encoded: where VGGT runs ahead, for how many micro-batches it is seen to run; the others have their features.
     """
-    accumulation = recipe.training["gradient_accumulation_steps"]
-    if recipe.memory.encode_ahead:
-        with tracker.phase("encoding"), tracker.host():
-            batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
-        with tracker.phase("encoding"):
-            encode_last(recipe, model, shapes, batches, encoded)
+    make = partial(make_batch, model.config, shapes, recipe, batch_size)
+    count = recipe.training["gradient_accumulation_steps"]
+    if not recipe.memory.encode_ahead:
+        batches = [make() for _ in range(count)]
     else:
-        batches = [make_batch(model.config, shapes, recipe, batch_size) for _ in range(accumulation)]
+        with tracker.phase("encoding"):
+            with tracker.host():
+                batches = [make() for _ in range(count)]
+            encode_last(recipe, model, shapes, batches, encoded)
     for batch in batches:
         tracker.label(batch.values(), "batch", "activations")
     return batches
