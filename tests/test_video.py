@@ -54,6 +54,43 @@ def test_a_shared_file_gives_each_episode_its_own_frames_in_any_order(info):
         assert episode_and_frame(sample.images[0]) == (sample.episode_index, sample.frame_index)
 
 
+class Counted:
+    """A container that counts the frames it decodes."""
+
+    def __init__(self, container):
+        self._container, self.decoded = container, 0
+
+    def seek(self, *place, **options):
+        self._container.seek(*place, **options)
+
+    def decode(self, stream):
+        for frame in self._container.decode(stream):
+            self.decoded += 1
+            yield frame
+
+
+def test_a_frame_is_decoded_from_its_keyframe_on_and_no_further(info):
+    dataset = open_windows(info)
+    dataset[0]
+    reader = next(iter(dataset._frames["top"]._readers.values()))
+    reader._container = Counted(reader._container)
+    far_apart = [20, 0, 13, 28, 7, 21, 1]
+    for i in far_apart:
+        before = reader._container.decoded
+        dataset[i]
+        assert reader._container.decoded - before == 1 + i % 2, "a keyframe every 2 frames"
+
+
+def test_frames_that_follow_are_decoded_once(info):
+    dataset = open_windows(info)
+    dataset[0]
+    reader = next(iter(dataset._frames["top"]._readers.values()))
+    reader._container = Counted(reader._container)
+    for i in [10, 11, 12, 13, 13]:
+        dataset[i]
+    assert reader._container.decoded == 4
+
+
 def test_an_open_file_is_not_pickled(info):
     dataset = open_windows(info)
     dataset[5]
