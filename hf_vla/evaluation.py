@@ -6,13 +6,16 @@ and the same policy with another task's instruction achieve from the same start 
 
 import dataclasses
 import functools
+import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_vla import run
+from hf_vla.data.lerobot_format import DatasetInfo
 from hf_vla.data.mixed import MixedDataset
 from hf_vla.data.mixture import build_datasets
 from hf_vla.geometry import write_geometry
@@ -28,7 +31,8 @@ from hf_vla.rollout.loop import (
     split_job,
 )
 from hf_vla.rollout.metaworld_env import ACTION_NAMES, CAMERAS, MetaWorldEnv, graphics_problem, instruction_of
-from hf_vla.rollout.metrics import offline_report, wilson_interval
+from hf_vla.rollout.metrics import offline_report, read_windows, wilson_interval
+from hf_vla.sample import Sample
 
 POLICY, BLIND, SWAPPED, RANDOM, EXPERT = "policy", "without_pictures", "swapped_instruction", "random", "expert"
 TURNED = 0.5
@@ -45,36 +49,41 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     recipe = load_recipe(directory / run.RECIPE)
     train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
     policy = Policy.from_pretrained(directory / run.MODEL)
-    offline = offline_report(policy.predict_samples, eval_data, train_data)
+    report = functools.partial(offline_report, policy.predict_samples, on_error=recipe.data.on_error)
+    offline = report(eval_data, train_data)
     if isinstance(eval_data, MixedDataset):
-        offline["by_dataset"] = report_each(policy, eval_data, train_data)
+        offline["by_dataset"] = report_each(report, eval_data, train_data)
     run.update_info(directory, {"offline": offline})
-    run.write_json(directory / "episode.json", compare_episode(policy, eval_data))
+    shown = first_episode(eval_data, recipe.data.on_error)
+    run.write_json(directory / "episode.json", compare_episode(policy, shown, eval_data.info))
     if recipe.model.outputs == "geometry":
-        write_geometry(directory, recipe.model.vggt, policy.model.model.vggt, policy.processor, eval_data[0])
+        write_geometry(directory, recipe.model.vggt, policy.model.model.vggt, policy.processor, shown[0])
     return offline
 
 
-def report_each(policy: Policy, eval_data: MixedDataset, train_data: MixedDataset) -> dict[str, Any]:
+def report_each(report: Callable, eval_data: MixedDataset, train_data: MixedDataset) -> dict[str, Any]:
     """Measure on each dataset of a mixture alone, beside what its own baselines do: units may differ between them."""
     trained = {dataset.info.name: dataset for dataset in train_data.datasets}
-    return {
-        dataset.info.name: offline_report(policy.predict_samples, dataset, trained[dataset.info.name])
-        for dataset in eval_data.datasets
-    }
+    return {dataset.info.name: report(dataset, trained[dataset.info.name]) for dataset in eval_data.datasets}
 
 
-def compare_episode(policy: Policy, eval_data) -> dict[str, Any]:
-    """Lay predicted actions beside recorded ones over the first held-out episode, a chunk at a time."""
-    first, (episode, _) = eval_data[0], eval_data.locate(0)
-    samples = [eval_data[i] for i in range(len(eval_data)) if eval_data.locate(i)[0] is episode]
-    steps = policy.n_action_steps
-    predicted = policy.predict_samples(samples[::steps])[:, :steps].reshape(-1, samples[0].actions.shape[1])
+def first_episode(dataset, on_error: str) -> list[Sample]:
+    """Read the first episode of which something can be read."""
+    for _, places in itertools.groupby(range(len(dataset)), lambda i: dataset.locate(i)[0]):
+        if samples := read_windows(dataset, places, on_error):
+            return list(samples.values())
+    raise ValueError(f"{dataset.info.name}: no held-out episode can be read.")
+
+
+def compare_episode(policy: Policy, samples: list[Sample], info: DatasetInfo) -> dict[str, Any]:
+    """Lay predicted actions beside recorded ones over one episode, a chunk at a time."""
+    first, steps = samples[0], policy.n_action_steps
+    predicted = policy.predict_samples(samples[::steps])[:, :steps].reshape(-1, first.actions.shape[1])
     return {
         "task": first.task,
         "episode_index": first.episode_index,
-        "fps": eval_data.info.fps,
-        "names": eval_data.info.action_names,
+        "fps": info.fps,
+        "names": info.action_names,
         "recorded": [sample.actions[0].tolist() for sample in samples],
         "predicted": predicted[: len(samples)].tolist(),
     }

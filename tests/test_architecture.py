@@ -35,7 +35,7 @@ ALLOWED = {
     "rollout": {"sample", "data"},
     "memory": {"caching", "recipe", "lora", "model", "assemble", "weights", "data", "sample", "run", "checkpoint"},
     "geometry": {"sample", "model", "weights", "run"},
-    "evaluation": {"recipe", "data", "policy", "rollout", "run", "geometry"},
+    "evaluation": {"recipe", "sample", "data", "policy", "rollout", "run", "geometry"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},
     "planning": {"recipe", "memory"},
     "prepare": {"recipe", "data", "model", "sample", "assemble", "caching", "trainer", "planning"},

@@ -143,19 +143,9 @@ def test_the_report_sets_the_policy_beside_baselines_on_the_same_windows(split):
     assert report["policy"]["gripper_accuracy"] == 1.0
     assert report["policy"]["mean_scaled_mae"] == pytest.approx(0.5 / train.actions[:, 0].std() / 3, rel=1e-5)
     assert report["mean_action"]["mean_mae"] > report["policy"]["mean_mae"]
-    assert set(report) == {
-        *(
-            "names",
-            "policy",
-            "mean_action",
-            "hold_still",
-            "nearest_state",
-            "hold_still_at_state",
-            "windows",
-            "episodes",
-        )
-    }
-    assert (report["windows"], report["episodes"]) == (len(held_out), 2)
+    predictors = {"policy", "mean_action", "hold_still", "nearest_state"}
+    assert set(report) == {*predictors, "names", "hold_still_at_state", "windows", "episodes", "left_out"}
+    assert (report["windows"], report["episodes"], report["left_out"]) == (len(held_out), 2, 0)
     assert report["hold_still_at_state"] == ["x", "y", "gripper"]
 
 
@@ -169,6 +159,32 @@ def test_the_report_of_many_windows_takes_some_from_every_episode(split):
 
     assert offline_report(predict, held_out, train, max_windows=4, batch_size=3)["windows"] == 4
     assert seen == [(2, 0), (3, 0), (3, 2), (3, 5)]
+
+
+def test_windows_that_cannot_be_read_end_the_report_or_are_left_out_and_counted(split, monkeypatch, caplog):
+    train, held_out = split
+    read = type(held_out).__getitem__
+    predicted = []
+
+    def broken(dataset, i):
+        if i in (1, 2):
+            raise ValueError(f"frame {i} can't be decoded")
+        return read(dataset, i)
+
+    def predict(samples):
+        predicted.append(np.stack([s.actions for s in samples]))
+        return predicted[-1]
+
+    monkeypatch.setattr(type(held_out), "__getitem__", broken)
+    with pytest.raises(ValueError, match="frame 1 can't be decoded"):
+        offline_report(predict, held_out, train)
+    report = offline_report(predict, held_out, train, batch_size=2, on_error="skip")
+    assert (report["windows"], report["left_out"]) == (len(held_out) - 2, 2)
+    assert report["policy"]["mae"] == [0, 0, 0]
+    assert "frame 2 can't be decoded" in caplog.text
+    monkeypatch.setattr(type(held_out), "__getitem__", lambda dataset, i: broken(dataset, 1))
+    with pytest.raises(ValueError, match=r"none of \d+ held-out samples can be read"):
+        offline_report(predict, held_out, train, on_error="skip")
 
 
 def test_the_report_refuses_what_it_cannot_measure(split):

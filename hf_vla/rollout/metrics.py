@@ -3,8 +3,9 @@
 Letters: n windows, T chunk length, A action dims.
 """
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import evaluate
@@ -15,6 +16,8 @@ from datasets import Sequence as ListOf
 from hf_vla.data.windows import WindowDataset
 from hf_vla.rollout.baselines import BASELINES, commands_position
 from hf_vla.sample import Sample
+
+logger = logging.getLogger(__name__)
 
 Z_95 = 1.959963984540054
 """Half-width of the central 95 % of a normal distribution, in standard deviations."""
@@ -125,6 +128,7 @@ def offline_report(
     train: WindowDataset,
     max_windows: int = 1024,
     batch_size: int = 32,
+    on_error: str = "raise",
 ) -> dict[str, Any]:
     """Measure a policy and three baselines on the same held-out windows.
 
@@ -134,20 +138,22 @@ def offline_report(
         train: what the baselines know.
         max_windows: windows measured on, at most.
         batch_size: samples that `predict` is given at once.
+        on_error: `raise`, or `skip` to leave out windows that can't be read.
 
     Returns:
         `names` of the dimensions; `policy`, `mean_action`, `hold_still` and `nearest_state`, each with `mae` and `rmse` of
         every dimension, their means, `mean_scaled_mae` (of each dimension's over its training std) and `gripper_accuracy`
         (None where no dimension is a gripper); `hold_still_at_state`, the dimensions that command a position; `windows`
-        and `episodes` measured on.
+        and `episodes` measured on, and the windows `left_out`.
 
     Raises:
-        ValueError: where nothing is held out, or the policy predicts chunks of another shape.
+        ValueError: where nothing is held out or can be read, or the policy predicts chunks of another shape.
     """
     if held_out is None:
         raise ValueError("Nothing is held out to measure on: set data.eval_fraction above 0, or record more episodes.")
-    indices = np.unique(np.linspace(0, len(held_out) - 1, max_windows).round().astype(int))
-    predictions = {"policy": _predict_all(predict, held_out, indices, batch_size)}
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, max_windows).round().astype(int))
+    chunks, indices = _predict_all(predict, held_out, chosen, batch_size, on_error)
+    predictions = {"policy": chunks}
     predictions |= {name: baseline(train, held_out, indices) for name, baseline in BASELINES.items()}
     names = held_out.info.action_names
     return {
@@ -158,18 +164,39 @@ def offline_report(
         ],
         "windows": len(indices),
         "episodes": len(held_out.episodes),
+        "left_out": len(chosen) - len(indices),
     }
 
 
-def _predict_all(predict: Callable, dataset: WindowDataset, indices: np.ndarray, batch_size: int) -> np.ndarray:
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    chunks = np.concatenate([np.asarray(predict([dataset[int(i)] for i in batch])) for batch in batches])
+def read_windows(dataset: WindowDataset, indices: Iterable[int], on_error: str = "raise") -> dict[int, Sample]:
+    """Read windows; one that can't be read is an error, or said and left out where `on_error` is `skip`."""
+    found = {}
+    for i in map(int, indices):
+        try:
+            found[i] = dataset[i]
+        except (ValueError, OSError) as error:
+            if on_error == "raise":
+                raise
+            logger.warning("A held-out sample was left out (data.on_error): %s", error)
+    return found
+
+
+def _predict_all(
+    predict: Callable, dataset: WindowDataset, indices: np.ndarray, batch_size: int, on_error: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give predicted chunks (n, T, A), and which of the windows could be read, (n,)."""
+    batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
+    read = [found for batch in batches if (found := read_windows(dataset, batch, on_error))]
+    if not read:
+        raise ValueError(f"{dataset.info.name}: none of {len(indices)} held-out samples can be read to measure on.")
+    chunks = np.concatenate([np.asarray(predict(list(found.values()))) for found in read])
+    indices = np.array([i for found in read for i in found])
     expected = (len(indices), dataset.chunk_size, dataset.actions.shape[1])
     if chunks.shape != expected:
         raise ValueError(
             f"The policy predicts chunks of shape {chunks.shape[1:]}, but the dataset's are {expected[1:]} (T, A)."
         )
-    return chunks
+    return chunks, indices
 
 
 def _errors(chunks: np.ndarray, held_out: WindowDataset, indices: np.ndarray, train: WindowDataset) -> dict[str, Any]:
