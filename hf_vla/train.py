@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+from hf_vla.console import set_up_logging
+
+if __name__ == "__main__":
+    set_up_logging()  # before the libraries imported below say a word
+
 import torch
 import typer
 from accelerate import PartialState
@@ -13,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 from hf_vla import run, saving
 from hf_vla.caching import caches_of, settle_caches
 from hf_vla.checkpoint import save_checkpoint
-from hf_vla.console import set_up_logging
 from hf_vla.hub import push_if_asked
 from hf_vla.lora import count_parameters
 from hf_vla.memory.budget import MemoryBudgetError
@@ -139,7 +143,6 @@ def main(
     anyway: Annotated[bool, typer.Option("--anyway", help="Train even if the doctor advises against it.")] = False,
 ) -> None:
     """Train a policy as a recipe says."""
-    set_up_logging()
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
