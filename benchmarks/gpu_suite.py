@@ -61,8 +61,10 @@ TRAININGS = {
     "lora_discrete": Case("lora_discrete.json", {}),
 }
 VGGT_PAIRS = (1, 2, 4, 8, 16)
-MATRIX = 8192
+MATRIX, SMALL_MATRIX = 8192, 1024
 """Side of the matrices whose product gives the rate that utilisation is counted against."""
+ATTENTION = "aten::_scaled_dot_product_"
+"""How PyTorch's kernels of attention begin: flash, efficient, cudnn, and `attention_math`, which is none."""
 
 
 def main() -> None:
@@ -142,7 +144,7 @@ def calibrate(results: Path) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         write_calibration(dataclasses.replace(sheet, **constants))
-    return {"gpu": sheet.name, **constants}
+    return {"measured_on": measured["measured_on"], "gpu": sheet.name, **constants}
 
 
 def measure_training(case: Case, meter: Meter, is_small: bool) -> dict[str, Any]:
@@ -169,6 +171,8 @@ def measure_training(case: Case, meter: Meter, is_small: bool) -> dict[str, Any]
         "measured_peak_bytes": usage.allocated,
         "reserved_bytes": usage.reserved,
         "outside_allocator_bytes": usage.outside,
+        "nvml_bytes": usage.total if torch.cuda.is_available() else None,
+        "budget_bytes": BUDGET if torch.cuda.is_available() else None,
         "predicted_over_measured": planned.tensor_peak / usage.allocated - 1,
         "predicted_over_total": planned.total / usage.total - 1,
         "predicted_samples_per_second": planned.samples_per_second,
@@ -238,7 +242,8 @@ def measure_recovery(meter: Meter, is_small: bool) -> dict[str, Any]:
                     parameter.copy_(start[name])
         trainer.model.zero_grad(set_to_none=True)
         at_rest = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        meter.cap((at_rest + peak.total) // 2)
+        cap = (at_rest + peak.total) // 2
+        meter.cap(cap)
         tight_trainer = make_again(trainer, Path(folder) / "tight")
         tight = tight_trainer.train().training_loss
     return {
@@ -247,7 +252,7 @@ def measure_recovery(meter: Meter, is_small: bool) -> dict[str, Any]:
         "ran_out": tight_trainer.batcher.fit != Fit(recipe.data.batch_size),
         "micro_batch_found": tight_trainer.batcher.fit.size,
         "peak_with_room_bytes": peak.total,
-        "cap_bytes": (at_rest + peak.total) // 2,
+        "cap_bytes": cap if torch.cuda.is_available() else None,
         "loss_with_room": roomy,
         "loss_recovered": tight,
     }
@@ -267,7 +272,7 @@ def make_again(trainer: VLATrainer, folder: Path) -> VLATrainer:
 
 
 def measure_kernels(meter: Meter, is_small: bool) -> dict[str, Any]:
-    """List the kernels that a LoRA step spends its time in, and those that attention used."""
+    """Count which of its kernels each call of attention ran in a LoRA step, and list what the step spends its time in."""
     case = TRAININGS["lora"]
     recipe = case.load(scale_of(is_small))
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -279,12 +284,11 @@ def measure_kernels(meter: Meter, is_small: bool) -> dict[str, Any]:
         with torch.profiler.profile(activities=activities) as profile:
             make_again(trainer, Path(folder) / "profiled").train()
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total or -row.self_cpu_time_total)
-    names = [row.key for row in rows]
+    attention = {row.key: row.count for row in rows if row.key.startswith(ATTENTION)}
     return {
         "measured_on": meter.name,
-        "attention": [name for name in names if any(word in name.lower() for word in ("flash", "fmha", "attention"))][
-            :12
-        ],
+        "attention_calls": attention,
+        "without_a_fused_kernel": sum(count for name, count in attention.items() if "math" in name),
         "slowest": [
             {
                 "name": row.key,
@@ -314,7 +318,7 @@ def gpu_name(meter: Meter) -> str:
 
 def matrix_rate(is_small: bool) -> float:
     """Measure multiplications and additions a second of a large bfloat16 product."""
-    side = 256 if is_small else MATRIX
+    side = SMALL_MATRIX if is_small else MATRIX
     a, b = (torch.randn(side, side, device=device(), dtype=torch.bfloat16) for _ in range(2))
     return 2 * side**3 / timed(lambda: a @ b)
 

@@ -1,7 +1,7 @@
 """Where does a step's time go?
 
-    python -m benchmarks.step_profile --recipe lora.json            # full size, on a GPU
-    python -m benchmarks.step_profile --recipe lora.json --small    # to see on a CPU that it runs
+    python -m benchmarks.step_profile                         # full size, on a GPU
+    python -m benchmarks.step_profile --scale proportional    # a thousandth of the arithmetic, on a CPU
 
 The project's own trainer on random weights and noise; the device is waited for at every boundary, so the sum is a little
 more than an undisturbed step, which is timed beside it. Utilisation counts the model's arithmetic, without what
@@ -14,13 +14,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback
 
-from benchmarks.full_size import WARM_UP, Case, make_trainer, model_flops, now, train
-from benchmarks.gpu_suite import gpu_name, matrix_rate, scale_of, this_meter
+from benchmarks.full_size import SCALES, WARM_UP, Case, make_trainer, model_flops, now, train
+from benchmarks.gpu_suite import gpu_name, matrix_rate, this_meter
 from benchmarks.result import RESULTS, write_result
 
 STEPS = 10
@@ -68,20 +69,24 @@ class Boundaries(TrainerCallback):
 
 
 def main() -> None:
-    """Profile one recipe, print the table, write it."""
+    """Profile each recipe, print the tables, write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="lora.json", help="file in recipes/")
-    parser.add_argument("--small", action="store_true", help="a thousandth of the size")
+    parser.add_argument("--recipes", nargs="+", default=["lora.json", "safe.json"], help="files in recipes/")
+    parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    results = profile(Case(options.recipe, {}), options.small)
-    Console().print(table(results))
+    if options.scale == "full" and not torch.cuda.is_available():
+        raise SystemExit("There is no GPU here: nothing is measured at full size. Try --scale proportional.")
+    results = {"scale": options.scale}
+    for recipe in options.recipes:
+        results[recipe] = profile(Case(recipe, {"memory": {"cache": []}}), options.scale)
+        Console().print(table(recipe, results[recipe]))
     write_result("step_profile", results, options.results)
 
 
-def profile(case: Case, is_small: bool) -> dict[str, Any]:
+def profile(case: Case, scale: str) -> dict[str, Any]:
     """Train twice, undisturbed and with the clock at every boundary."""
-    meter, recipe = this_meter(), case.load(scale_of(is_small))
+    meter, recipe = this_meter(), case.load(scale)
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = train(make_trainer(recipe, case.shapes, Path(folder) / "undisturbed", STEPS))
         trainer = make_trainer(recipe, case.shapes, Path(folder) / "profiled", STEPS)
@@ -89,9 +94,8 @@ def profile(case: Case, is_small: bool) -> dict[str, Any]:
         trainer.add_callback(boundaries)
         train(trainer)
     flops = model_flops(case, recipe, gpu_name(meter))
-    rate = matrix_rate(is_small)
+    rate = matrix_rate(is_small=scale != "full")
     return {
-        "recipe": case.recipe,
         "measured_on": meter.name,
         "micro_batch": recipe.data.batch_size,
         "seconds_a_step": undisturbed["seconds_a_step"],
@@ -101,12 +105,10 @@ def profile(case: Case, is_small: bool) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> Table:
+def table(recipe: str, results: dict[str, Any]) -> Table:
     """Lay the parts out, the longest first."""
     total = sum(results["parts"].values())
-    made = Table(
-        title=f"{results['recipe']} on {results['measured_on']}: {results['seconds_a_step'] * 1e3:.1f} ms a step"
-    )
+    made = Table(title=f"{recipe} on {results['measured_on']}: {results['seconds_a_step'] * 1e3:.1f} ms a step")
     for name in ("part", "ms", "share"):
         made.add_column(name, justify="left" if name == "part" else "right")
     for name, seconds in sorted(results["parts"].items(), key=lambda item: -item[1]):

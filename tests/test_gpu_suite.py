@@ -23,8 +23,8 @@ def test_it_measures_nothing_at_full_size_without_a_gpu():
 
 
 def test_a_step_is_divided_into_parts_that_add_up_to_it(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.step_profile", "--small", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.step_profile", "--scale", "small", "--results", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
-    result = json.loads((tmp_path / "step_profile.json").read_text())
+    result = json.loads((tmp_path / "step_profile.json").read_text())["lora.json"]
     assert {"data", "VGGT", "LLaMA forward", "backward", "optimizer", "other"} <= set(result["parts"])
     assert 0.5 < sum(result["parts"].values()) / result["seconds_a_step"] < 2
