@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 from functools import partial
@@ -32,7 +33,7 @@ from hf_vla.policy import Policy
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe, RecipeError
 from hf_vla.sample import Draw, Sample
-from hf_vla.train import train
+from hf_vla.train import main, train
 from tests.distributed.launch import ROOT, torchrun
 from tests.lerobot_folders import LENGTHS, encode, write_v3
 from tests.tiny_run import released_weights, tiny_recipe
@@ -224,6 +225,34 @@ def test_a_cache_of_something_else_is_refused_by_name(built, tmp_path, change, w
     [check] = [check for check in run_checks(recipe, tmp_path) if check.title == "Cache"]
     assert check.status == "fail"
     assert re.search(words, check.detail)
+
+
+def half_a_shard(recipe: Recipe, tmp_path: Path) -> Recipe:
+    root = shutil.copytree(recipe.memory.cache_dir, tmp_path / "cache")
+    os.truncate(next(root.glob("vggt-*/*.safetensors")), 100)
+    return dataclasses.replace(recipe, memory=dataclasses.replace(recipe.memory, cache_dir=str(root)))
+
+
+def varied_pictures(recipe: Recipe, tmp_path: Path) -> Recipe:
+    varied = dataclasses.replace(recipe.data.augmentation, hue=0.1)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augmentation=varied))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_weights, "weights: model.safetensors has changed"),
+        (one_frame_changed, "frames: .* has changed"),
+        (half_a_shard, r"damaged \(it has 100 of"),
+        (varied_pictures, "set memory.cache_copies"),
+    ],
+)
+def test_what_is_wrong_ends_training_in_one_plain_error(built, tmp_path, change, words):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(dataclasses.asdict(change(built[0], tmp_path))))
+    with pytest.raises(SystemExit, match=f"(?s)^Error: .*{words}") as ended:  # Python prints this, and no traceback
+        main(file, output=tmp_path / "run")
+    assert ended.value.__suppress_context__
 
 
 @pytest.mark.parametrize(
