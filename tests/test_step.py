@@ -37,6 +37,32 @@ def test_a_micro_step_never_waits_for_the_gpu(tmp_path, fusion, head):
     assert not waits.seen
 
 
+class Attentions(TorchDispatchMode):
+    """Notes which kernel each call of attention was dispatched to, in which precision and with which mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        if name.startswith("_scaled_dot_product") and not name.endswith("backward"):
+            self.seen.append((name, args[0].dtype, (kwargs or {}).get("attn_mask")))
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_asks_for_nothing_that_flash_kernels_lack(tmp_path):
+    # What a GPU then runs, only a GPU says: `attention_calls` of benchmarks/gpu_suite.py.
+    model = {"dtype": "bfloat16", "freeze_vggt": True, "freeze_lang_encoder": True, "fusion": {"type": "prefix"}}
+    recipe = tiny_recipe(model=model, lora={"apply_to": ["lang_encoder"]}, training={"bf16": True})
+    trainer = build_trainer(recipe, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with Attentions() as attentions:
+        trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], trainer.args.device))
+    assert attentions.seen
+    assert set(attentions.seen) == {("_scaled_dot_product_flash_attention_for_cpu", torch.bfloat16, None)}
+
+
 def test_the_loss_is_logged_without_looking_at_it_every_step(tmp_path):
     assert not build_trainer(tiny_recipe(), tmp_path).args.logging_nan_inf_filter
 
