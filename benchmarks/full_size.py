@@ -65,6 +65,7 @@ PROPORTIONAL = {
         },
         "fusion": {"hidden_size": 64, "num_heads": 2},
         "head": {"hidden_size": 64},
+        "pool_grid": 4,
     },
     "data": {"image_size": 84},
 }
