@@ -9,6 +9,7 @@ random weights; nothing is downloaded. Results go to benchmarks/results/.
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -38,8 +39,12 @@ LEAN = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MKL_DISABLE_FAST_MM": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    "LRU_CACHE_CAPACITY": "1",
 }
-"""Environment in which what is freed goes back to the system at once, so that the process holds what its tensors hold."""
+"""Environment in which what is freed goes back to the system at once, so that the process holds what its tensors hold.
+
+The last two are oneDNN's own cache of kernels and ATen's (ideep, lru_cache.hpp): 20 MB for bfloat16 products of this size.
+"""
 PROC_RESET = Path("/proc/self/clear_refs")
 """Takes a 5 to begin VmHWM, the process's highest resident memory, anew."""
 
@@ -84,9 +89,12 @@ CPU_CASES = {
     },
     "QLoRA, bfloat16": {"model": {**HALF["model"], "quantization": "nf4"}, "training": HALF["training"]},
     "8-bit LoRA": {"model": {"quantization": "int8"}},
+    "LoRA, prefix fusion": {"model": {"fusion": {"type": "prefix"}}},
     "cached VGGT": {"memory": {"cache": ["vggt"]}},
     "full LLaMA, AdamW foreach": {**FULL_LLAMA, "training": {"optim": "adamw_torch"}},
     "full LLaMA, 8-bit AdamW, checkpointed": {**FULL_LLAMA, "training": {"optim": "adamw_bnb_8bit", **CHECKPOINTED}},
+    "full LLaMA, paged 8-bit AdamW": {**FULL_LLAMA, "training": {"optim": "paged_adamw_8bit"}},
+    "VGGT trains, LLaMA frozen": {"model": {"freeze_vggt": False}, "lora": {"apply_to": []}},
     "end to end, in backward": {
         **ALL_TRAINS,
         "training": {"max_grad_norm": 0.0, **CHECKPOINTED},
@@ -169,11 +177,18 @@ def status(key: str) -> int:
     return int(lines[key].split()[0]) * 1024
 
 
+def give_back() -> None:
+    """Return to the system whatever this process holds free."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def cpu_workspace(func, args: tuple) -> int:
-    """Give what a CPU kernel takes beside its results, where that is more than packed operands.
+    """Give what a CPU kernel takes beside its results, where that is much.
 
     bitsandbytes updates 8-bit states on a CPU in five float32 copies of the parameter, of which a GPU's kernel makes none:
     both moments, the gradient, the root of the second and the denominator (backends/cpu/ops.py).
+    A 16-bit parameter's own copy is a sixth.
     """
     if str(func._overloadpacket) != "bitsandbytes.optimizer_update_8bit_blockwise":
         return 0
@@ -184,16 +199,18 @@ def cpu_workspace(func, args: tuple) -> int:
 def run_cpu_case(name: str) -> dict:
     """Compare one case on the CPU, in this process: fake tensors, real ones, and the process's own peak.
 
-    The real run under the tracker comes first. What it leaves behind (code of libraries, kernels compiled for these shapes)
-    stays for good, as CUDA's context does on a GPU, and isn't counted in the process's peak of the run after it.
+    The real run under the tracker comes first, so that the libraries' code is there when the run without one begins. What
+    else it leaves behind could hide a part of that run's peak: it is given back where it can be, and the rest is reported.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     recipe, shapes = make_case(MIDDLE, CPU_CASES[name])
     fake = trace(recipe, shapes, extent="two steps", workspace=cpu_workspace)
+    give_back()
+    fresh = status("RssAnon")
     real = run_real(recipe, shapes, MemoryTracker(cpu_workspace)).ledger()
-    gc.collect()
-    before = status("VmRSS")
+    give_back()
+    before, left_behind = status("VmRSS"), status("RssAnon") - fresh
     run_real(recipe, shapes, Unwatched())
     process = status("VmHWM") - before
     return {
@@ -203,6 +220,7 @@ def run_cpu_case(name: str) -> dict:
         "real_bytes": real.peak()[0],
         "fake_with_host_bytes": everywhere(fake.ledger),
         "process_bytes": process,
+        "left_behind_bytes": left_behind,
         "fake_over_real": fake.ledger.peak()[0] / real.peak()[0] - 1,
         "fake_over_process": everywhere(fake.ledger) / process - 1,
     }
