@@ -8,8 +8,11 @@ Either holds the model's code too, so that `AutoModel` can at least say what is 
 
 from pathlib import Path
 
+import torch.distributed.checkpoint.state_dict as sharded
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.dynamic_module_utils import custom_object_save
 
 from hf_vla import register_auto_classes
@@ -28,20 +31,31 @@ PEFT_PREFIX = "base_model.model."  # PEFT writes keys as PeftModel has them, and
 
 
 def save_checkpoint(
-    model: VLAForActionPrediction, processor: VLAProcessor, recipe: Recipe, directory: str | Path
+    model: VLAForActionPrediction,
+    processor: VLAProcessor,
+    recipe: Recipe,
+    directory: str | Path,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint that `load_checkpoint` opens alone."""
+    """Write a checkpoint that `load_checkpoint` opens alone.
+
+    Args:
+        model: what was trained.
+        processor, recipe: what goes with it.
+        directory: to write into.
+        state: its whole state, where it has only a shard of it itself.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state, kept = model.state_dict(), _kept_names(model, recipe)
+    state, kept = model.state_dict() if state is None else state, _kept_names(model, recipe)
     if kept == set(state) and None not in (model.model.vggt, model.model.lang_encoder):
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=state)
     else:
         custom_object_save(model, directory, config=model.config)
         model.config.save_pretrained(directory)
         save_file({name: state[name].contiguous() for name in kept}, directory / TRAINED, metadata={"format": "pt"})
     if recipe.lora.apply_to:
-        _save_adapter(model, directory)
+        _save_adapter(model, directory, state)
     processor.save_pretrained(directory)
     recipe.save(directory / RECIPE)
 
@@ -79,9 +93,18 @@ def load_trained(model: VLAForActionPrediction, recipe: Recipe, directory: str |
     whole = directory / WHOLE
     saved = load_file(whole if whole.is_file() else directory / TRAINED)
     _check_same(_kept_names(model, recipe), set(saved), directory)
-    model.load_state_dict(saved, strict=False)  # the rest is as the recipe's sources have it
+    _lay_over(model, saved)
     if recipe.lora.apply_to:
         _load_adapter(model, directory)
+
+
+def _lay_over(model: VLAForActionPrediction, saved: dict[str, Tensor]) -> None:
+    """Put saved tensors in their places; the rest is as the recipe's sources have it."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        options = sharded.StateDictOptions(full_state_dict=True, strict=False)
+        sharded.set_model_state_dict(model, saved, options=options)
+    else:
+        model.load_state_dict(saved, strict=False)
 
 
 def _kept_names(model: VLAForActionPrediction, recipe: Recipe) -> set[str]:
@@ -106,8 +129,8 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
-def _save_adapter(model: VLAForActionPrediction, directory: Path) -> None:
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+def _save_adapter(model: VLAForActionPrediction, directory: Path, state: dict[str, Tensor]) -> None:
+    state = get_peft_model_state_dict(model, state, adapter_name=ADAPTER)
     state = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(directory)

@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 
 from hf_vla import run, saving
 from hf_vla.caching import caches_of, settle_caches
-from hf_vla.checkpoint import save_checkpoint
 from hf_vla.hub import push_if_asked
 from hf_vla.lora import count_parameters
 from hf_vla.memory.budget import MemoryBudgetError
@@ -60,8 +59,8 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
             run.update_info(output, {"cache": caches_of(trainer.train_dataset)})
     trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))
     result = trainer.train(resume_from_checkpoint=find_checkpoint(output) if resume else None)
+    trainer.save_policy(output / run.MODEL)
     if trainer.is_world_process_zero():
-        save_checkpoint(trainer.bare_model(), trainer.processing_class, recipe, output / run.MODEL)
         write_results(trainer, result.metrics, output)
     PartialState().wait_for_everyone()
     # Last: the others would wait for it no longer than a collective may take.

@@ -40,7 +40,7 @@ class VLATrainer(ResumableTrainer):
     Out of memory, an ordinary step is run again in smaller pieces (`memory/microbatch.py`). Two kinds of step can't be:
     one with the optimizer in its backward has moved weights, and under sharding (FSDP, DeepSpeed) the other ranks wait in a
     collective. There all ranks stop at once with exit code `ranks.RESTART`, and --resume goes on from the last checkpoint
-    with what is found to fit. Of sharding only this stopping is tested, since it can't run without GPUs.
+    with what is found to fit.
 
     Args:
         recipe: the run, written into each checkpoint.
@@ -253,11 +253,18 @@ class VLATrainer(ResumableTrainer):
         if texts and self.is_world_process_zero():
             report_skipped(self.args.output_dir, self.skipped, texts)
 
+    def save_policy(self, directory: Path) -> None:
+        """Write what was trained, by itself; all ranks call it, since each may hold only a shard."""
+        state = self.accelerator.get_state_dict(self.model) if self.is_sharded else None
+        if self.args.should_save:
+            save_checkpoint(self.bare_model(), self.processing_class, self.recipe, directory, state)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return  # under sharding Trainer asks every rank
         directory = Path(output_dir or self.args.output_dir)
-        self._try_twice(
-            lambda: save_checkpoint(self.bare_model(), self.processing_class, self.recipe, directory), "The model"
-        )
+        save = partial(save_checkpoint, self.bare_model(), self.processing_class, self.recipe, directory, state_dict)
+        self._try_twice(save, "The model")
         self._save_fit(directory, patience=self.batcher.patience)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -309,6 +316,8 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
     values = dict(recipe.training)
     if values.get("eval_strategy", "no") != "no":
         values.setdefault("metric_for_best_model", "loss")  # so that the best checkpoint is kept
+    if values.get("fsdp"):  # accelerate else lets every rank keep whole gradients until the last micro-step
+        values.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
     values.pop("push_to_hub", None)  # Trainer would ask the Hub before the first step; train.py pushes after the last
     if values.get("fp16") and not torch.cuda.is_available():
         raise RecipeError(

@@ -38,7 +38,7 @@ CHECKPOINTING = {
     },
 }
 SHARDING = {
-    "fsdp": "full_shard auto_wrap",
+    "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Block"]},
 }
 WORTH_ROUNDING = GIB

@@ -185,10 +185,20 @@ def _lines(recipe: Recipe, traced: Trace, ledger: Ledger, gpus: int, gpu: GPU) -
     if is_sharded(recipe, gpus):
         source = "largest layer gathered and the next one prefetched, and its whole gradient: FSDP's schedule"
         lines.append(Line("gathered layers", 3 * traced.largest_unit, source))
+        source = "accelerate's FSDP2 trains 16-bit weights in float32: utils/fsdp_utils.py, fsdp2_prepare_model"
+        lines.append(Line("float32 masters", _masters(recipe, traced) // gpus, source))
     if recipe.model.quantization == "int8":
         activations = sum(kinds.get("activations", 0) for kinds in ledger.breakdown(ledger.peak()[1]).values())
         lines.append(Line("int8 outliers", int(INT8_OUTLIERS * activations), "stated margin: they depend on numbers"))
     return lines
+
+
+def _masters(recipe: Recipe, traced: Trace) -> int:
+    """Give what 16-bit weights that train take more in float32: they, their gradients and, unless in 8 bits, moments."""
+    if not (recipe.training.get("bf16") or recipe.training.get("fp16")):
+        return 0
+    missing = 4 * traced.parameters["trained"] - traced.trained_bytes
+    return missing * (2 if "8bit" in str(recipe.training.get("optim", "")) else 4)
 
 
 def _notes(recipe: Recipe, shapes: Shapes, gpus: int) -> list[str]:
@@ -211,7 +221,8 @@ def _notes(recipe: Recipe, shapes: Shapes, gpus: int) -> list[str]:
         notes.append("Optimizer in backward: no clipping of gradients, no accumulation; a step can't be run again.")
     if "8bit" in str(recipe.training.get("optim", "")):
         notes.append("8-bit optimizer states: block-wise rounding; close to AdamW in published runs, not equal to it.")
-    if not (recipe.model.freeze_vggt and recipe.model.freeze_lang_encoder) and recipe.model.dtype == "bfloat16":
+    trains_backbone = not (recipe.model.freeze_vggt and recipe.model.freeze_lang_encoder)
+    if trains_backbone and recipe.model.dtype == "bfloat16" and not is_sharded(recipe, gpus):
         notes.append("Backbone weights train in bfloat16, without float32 masters: the smallest updates are lost.")
     if is_sharded(recipe, gpus):
         notes.append("Sharding is modelled from the unsharded trace, not traced: states divide evenly over the GPUs.")

@@ -88,6 +88,7 @@ def _spell_out_views(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read_training(values: dict[str, Any]) -> dict[str, Any]:
     hints = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+    hints["fsdp"] = bool | str | None  # declared a string for the command line alone; transformers asks for true
     for key, value in values.items():
         if key in _ELSEWHERE:
             raise RecipeError(f"training.{key}: {_ELSEWHERE[key]} is the one place for it.")
