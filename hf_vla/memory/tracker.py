@@ -47,6 +47,11 @@ class MemoryTracker(TorchDispatchMode):
         self._on_host = False
         self._work = WorkLog()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operation torch's guard against compiling this class: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operation, log the storages that it makes, and count its work."""
         if func is _DEVICE and isinstance(args[0], FakeTensor):
