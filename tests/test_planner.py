@@ -3,10 +3,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_plan import SHAPES, tiny_recipe
 
 from hf_vla import planning
+from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.gpus import GPUS, facts_of, find_gpu, write_calibration
 from hf_vla.memory.ladder import search
@@ -88,6 +90,17 @@ def test_sharding_divides_what_is_held_for_good(recipe, traced):
     assert weights[1] < weights[0] / 4  # blocks of 512 bytes keep small tensors from dividing evenly
     assert any(line.name == "gathered layers" for line in one_of_eight.lines)
     assert any("not traced" in note for note in one_of_eight.notes)
+
+
+def test_sharding_counts_the_float32_copies_of_what_trains_in_16_bits():
+    """accelerate makes them under FSDP2: of the weight, its gradient and both moments, 2 bytes more each."""
+    full = {"freeze_lang_encoder": False, "dtype": "bfloat16"}
+    made = tiny_recipe(model=full, lora={"apply_to": []}, training={"fsdp": True, "bf16": True})
+    model = build_on_meta(made, build_config(made, SHAPES.num_views, SHAPES.state_dim, SHAPES.action_dim))
+    halves = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16)
+    lines = make_plan(made, trace(made, SHAPES), None, 8, GPU, SHAPES).lines
+    assert halves > 0
+    assert [line.bytes for line in lines if line.name == "float32 masters"] == [4 * 2 * halves // 8]
 
 
 def test_assumed_shapes_are_said(recipe, traced):
