@@ -41,13 +41,13 @@ def drawn(renderable) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("28GiB", 28 * GIB), ("28 GB", 28 * 10**9), ("1.5gib", 3 * GIB // 2), ("4096", 4096)]
+    ("text", "size"), [("28GiB", 28 * GIB), ("28 GB", 28 * 10**9), ("1.5gib", 3 * GIB // 2), ("30064771072", 28 * GIB)]
 )
 def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "lots", "28 gallons", "-1GiB", "0"])
+@pytest.mark.parametrize("text", ["", "lots", "28 gallons", "-1GiB", "0", "28", "28 KiB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="28GiB"):
         parse_size(text)
@@ -106,6 +106,11 @@ def test_sharding_counts_the_float32_copies_of_what_trains_in_16_bits():
 def test_assumed_shapes_are_said(recipe, traced):
     plan = make_plan(recipe, traced, None, 1, GPU, replace(SHAPES, assumed=("text_tokens",)))
     assert any("text_tokens 12" in note for note in plan.notes)
+
+
+def test_an_empty_budget_is_a_mistake_and_not_the_recipes(recipe):
+    with pytest.raises(ValueError, match="isn't a size"):
+        plan_recipe(recipe, "", shapes=SHAPES)
 
 
 def test_the_budget_is_the_recipes_unless_another_is_given(recipe):

@@ -104,3 +104,17 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(RecipeError, match="one object with the sections"):
         load_recipe(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pasted.yaml", "data:\n  batch_size: 4\ntraining:\n  max_steps: 9\ndata:\n  image_size: 518\n"),
+        ("nested.yaml", "data:\n  batch_size: 4\n  batch_size: 8\n"),
+        ("pasted.json", '{"data": {"batch_size": 4}, "data": {"batch_size": 8}}'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=rf"{name}: '(data|batch_size)' is there twice"):
+        load_recipe(tmp_path / name)

@@ -139,10 +139,10 @@ def make_plan(recipe: Recipe, traced: Trace, budget: int | None, gpus: int, gpu:
 
 def find_budget(recipe: Recipe, budget: int | str | None, gpus: int) -> int | None:
     """Settle the budget: what was asked for, what the recipe says, or what the fullest GPU here has free, less 10 %."""
-    given = budget or recipe.memory.budget
+    given = recipe.memory.budget if budget is None else budget
     if isinstance(given, str):
         return parse_size(given)
-    return given or default_budget(read_gpus().gpus[:gpus])
+    return default_budget(read_gpus().gpus[:gpus]) if given is None else given
 
 
 def is_sharded(recipe: Recipe, gpus: int) -> bool:

@@ -37,6 +37,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}: no such recipe file. {_suggest(path.name, siblings)}")
     try:
         raw = _parse(path)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path}: neither JSON nor YAML can be read from it: {error}") from None
     if not isinstance(raw, dict):
@@ -125,7 +127,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML (YAML 1.1) reads 1e-4, as every learning rate is written, as text."""
+    """YAML 1.2's floats: PyYAML (YAML 1.1) reads 1e-4, as every learning rate is written, as text. And no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Make a mapping of keys that are each given once."""
+        _check_repeats(key.value for key, _ in node.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -135,7 +142,23 @@ _Loader.add_implicit_resolver(
 
 def _parse(path: Path) -> Any:
     text = path.read_text()
-    return json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader) or {}
+    if path.suffix == ".json":
+        return json.loads(text, object_pairs_hook=_read_pairs)
+    return yaml.load(text, _Loader) or {}
+
+
+def _read_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_repeats(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def _check_repeats(keys: Iterable[str]) -> None:
+    """Refuse a key that is there twice, of which both parsers would take the last and say nothing."""
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise RecipeError(f"{key!r} is there twice: put the two into one, or take one out.")
+        seen.add(key)
 
 
 def _explain(error: dict[str, Any], section: str) -> str:
