@@ -9,7 +9,7 @@ from hf_vla.memory.allocator import reserved_peak
 from hf_vla.memory.cuda_rules import FLOAT32, cuda_autocast
 from hf_vla.memory.ledger import PHASES, TELLING
 from hf_vla.memory.shapes import Shapes
-from hf_vla.memory.trace import trace
+from hf_vla.memory.trace import state_bytes, trace
 from hf_vla.recipe import make_recipe
 
 GB = 10**9
@@ -157,6 +157,18 @@ def test_bytes_of_weights_gradients_and_states_are_those_of_their_dtypes():
     kinds, parameters = kinds_of(recipe), traced(recipe).parameters["trained"]
     assert kinds["gradients"] == pytest.approx(4 * parameters, rel=0.1)  # small tensors fill blocks of 512 bytes
     assert kinds["optimizer"] == pytest.approx(8 * parameters, rel=0.25)
+
+
+@pytest.mark.parametrize("extent", ["step", "run", "two steps"])
+def test_the_allocator_reserves_no_less_than_tensors_hold(extent):
+    ledger = traced(tiny_recipe(), extent=extent).ledger
+    assert reserved_peak(ledger) >= ledger.peak()[0]
+
+
+def test_a_trace_ends_with_the_optimizers_states():
+    recipe = tiny_recipe()
+    run = traced(recipe, extent="step")
+    assert run.ledger.held("optimizer") == state_bytes(recipe, SHAPES) >= 2 * run.trained_bytes
 
 
 def test_frozen_vggt_costs_a_forward_and_no_backward():

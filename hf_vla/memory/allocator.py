@@ -96,7 +96,8 @@ def reserved_peak(ledger: Ledger) -> int:
     What only passed through while loading is left out: the trace warms up there, as no run does.
     """
     allocator = CachingAllocator()
-    passing = ledger.block[(ledger.phase == 0) & (ledger.size < 0) & ~ledger.relabels]
+    loading = np.cumsum(ledger.phase) == 0  # afterwards 0 is also what lies between two phases
+    passing = ledger.block[loading & (ledger.size < 0) & ~ledger.relabels]
     on_device = (ledger.slot % len(KINDS) != KINDS.index("host")) & ~ledger.relabels & (ledger.size != 0)
     on_device &= ~np.isin(ledger.block, passing)
     held: dict[int, int] = {}

@@ -78,9 +78,11 @@ def trace(
     size = batch_size or recipe.data.batch_size
     tracker = MemoryTracker(workspace)
     with without_cycles(), fake_tables(), FakeTensorMode(), cuda_autocast(), offloading(tracker):
-        rehearse(recipe, model, shapes, size, tracker, fill_with_fake, extent)
+        rehearsal = rehearse(recipe, model, shapes, size, tracker, fill_with_fake, extent)
+    ledger = tracker.ledger()
+    del rehearsal  # only now: the states that it holds are those of the run's end
     return Trace(
-        replace(tracker.ledger(), batch_size=size),
+        replace(ledger, batch_size=size),
         replace(tracker.work(), batch_size=size),
         count_parameters(model),
         sum(p.nbytes for p in model.parameters() if p.requires_grad),
@@ -98,8 +100,10 @@ def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
         leave_out_cached(model, recipe)
         fill_with_fake(model)
         with tracker:
-            Rehearsal(recipe, model, tracker).warm_up()
+            rehearsal = Rehearsal(recipe, model, tracker)
+            rehearsal.warm_up()
     ledger = tracker.ledger()
+    del rehearsal  # only now, with the states
     return ledger.held("optimizer") + ledger.held("host")
 
 
@@ -111,7 +115,7 @@ def rehearse(
     tracker: MemoryTracker,
     fill: Callable[[nn.Module], None],
     extent: Extent,
-) -> None:
+) -> Rehearsal:
     """Run training steps, an evaluation batch and a checkpoint under the tracker.
 
     Args:
@@ -119,6 +123,9 @@ def rehearse(
         model: the recipe's model on the meta device.
         tracker: sees it all.
         fill: replaces the model's meta tensors by fake or real ones.
+
+    Returns:
+        What ran. It holds the optimizer: let it go before the ledger is read, and the states are seen to go.
     """
     leave_out_cached(model, recipe)
     fill(model)
@@ -141,6 +148,7 @@ def rehearse(
         if extent != "step":
             rehearsal.evaluate(make_batch(model.config, shapes, recipe, eval_size))
             rehearsal.save()
+    return rehearsal
 
 
 def fetch_step(
