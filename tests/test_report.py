@@ -251,6 +251,13 @@ def test_thinned_memory_keeps_its_highest_step():
     assert "highest of 7" in chart.note
 
 
+def test_memory_of_a_run_without_a_gpu_is_the_hosts(full_run):
+    (full_run / "memory.jsonl").write_text('{"step": 1, "allocated_peak": null, "host_rss": 2147483648}\n')
+    assert "GiB of the host's memory" in words_of(page_of(full_run))
+    chart = memory_chart([MemoryLine(step=1, allocated_peak=2**30, host_rss=2**31)], [])
+    assert chart.title == "GiB on this process's GPU"
+
+
 def test_memory_without_byte_counts_has_no_chart(full_run):
     (full_run / "memory.jsonl").write_text('{"step": 1, "allocated_peak": null}\n')
     assert "memory.jsonl holds no byte counts" in words_of(page_of(full_run))

@@ -67,7 +67,11 @@ def episode_charts(episode: Episode) -> list[Chart]:
 
 
 def memory_chart(memory: list[MemoryLine], events: list[Event]) -> Chart | None:
-    """Draw measured against planned memory and the budget over steps, with a mark where memory ran out."""
+    """Draw measured against planned memory and the budget over steps, with a mark where memory ran out.
+
+    Where there is no GPU it draws the host's memory that the process holds.
+    """
+    title = "GiB on this process's GPU"
     lines = [
         _line("allocated by this run, peak", memory, "allocated_peak", reduce=max, scale=2**30),
         _line("reserved by this run, peak", memory, "reserved_peak", "first", "dotted", reduce=max, scale=2**30),
@@ -75,8 +79,11 @@ def memory_chart(memory: list[MemoryLine], events: list[Event]) -> Chart | None:
         _line("planned peak", memory, "planned_peak", "second", "dashed", reduce=max, scale=2**30),
         _line("budget", memory, "budget", "second", reduce=max, scale=2**30),
     ]
+    if not any(line.x for line in lines):
+        title = "GiB of the host's memory"
+        lines = [_line("held by this process", memory, "host_rss", reduce=max, scale=2**30)]
     marks = [event.step for event in events if event.kind == "out_of_memory" and event.step is not None]
-    return _chart("GiB on this process's GPU", lines, "step", width=720, height=330, marks=marks)
+    return _chart(title, lines, "step", width=720, height=330, marks=marks)
 
 
 def _line(

@@ -155,6 +155,7 @@ class MemoryLine(BaseModel):
     retries: int | None = None
     planned_peak: int | None = None
     budget: int | None = None
+    host_rss: int | None = None
 
 
 class Episode(BaseModel):
