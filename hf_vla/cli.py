@@ -24,7 +24,7 @@ def _configure() -> None:
 
 @app.command()
 def plan(
-    recipe_file: Annotated[Path | None, typer.Argument(help="Recipe to plan.", metavar="[RECIPE]")] = None,
+    recipe_file: Annotated[Path | None, typer.Argument(help="To plan, or search from.", metavar="[RECIPE]")] = None,
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="As 28GiB; the recipe's, or what is free less 10 %.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that the run gets.")] = None,
@@ -42,12 +42,18 @@ def plan(
 ) -> None:
     """Predict the peak memory of a recipe, or search for the fastest recipe that fits; exit code 3: doesn't fit."""
     from hf_vla import planning
+    from hf_vla.recipe import load_recipe
 
+    if train is None and (image_size or allow or cached):
+        raise typer.BadParameter("--image-size, --allow and --cached are for a search: give --train too.")
+    if overrides and not recipe_file:
+        raise typer.BadParameter("--set changes a recipe: give one.")
     if scenarios:
         shown = planning.show_scenarios(gpu)
-    elif train:
+    elif train is not None:
+        base = load_recipe(recipe_file, overrides) if recipe_file else None
         shown = planning.show_search(
-            train, budget, gpus, gpu, image_size, effective_batch, allow or [], output, cached
+            train, budget, gpus, gpu, image_size, effective_batch, allow or [], output, cached, base
         )
     elif recipe_file:
         shown = planning.show_recipe(recipe_file, overrides, budget, gpus, gpu)
@@ -66,9 +72,12 @@ def doctor(
     """Go through the checklist before a training: memory, who holds it, batch, precision, weights, data, disk."""
     from hf_vla.memory.check import checks_to_json, format_checks
     from hf_vla.memory.preflight import run_checks
+    from hf_vla.planning import plan_for_here
     from hf_vla.recipe import load_recipe
 
-    checks = run_checks(load_recipe(recipe_file, overrides))
+    recipe = load_recipe(recipe_file, overrides)
+    plan = plan_for_here(recipe)
+    checks = run_checks(recipe, planned_peak=plan and plan.total, budget=plan and plan.budget)
     typer.echo(checks_to_json(checks) if as_json else format_checks(checks))
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)

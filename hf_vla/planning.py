@@ -1,15 +1,21 @@
 """What `hf-vla plan` shows, to people and to programs: a recipe's plan, a search's findings, the guide's scenarios."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
+from hf_vla.caching import settle_caches
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.ladder import search
+from hf_vla.memory.ladder import Candidate, search
+from hf_vla.memory.nvml import read_gpus
 from hf_vla.memory.plan_table import render_candidates, render_plan, render_scenarios
-from hf_vla.memory.planner import find_budget, plan_recipe
+from hf_vla.memory.planner import Plan, find_budget, plan_recipe
+from hf_vla.memory.preflight import count_processes
 from hf_vla.memory.scenarios import scenarios
+from hf_vla.memory.sizes import GIB
 from hf_vla.memory.wishes import ALLOW, Wish, parse_train
 from hf_vla.recipe import Recipe, load_recipe, make_recipe
 
@@ -26,8 +32,26 @@ def show_recipe(
     path: Path, overrides: list[str] | None, budget: str | None, gpus: int | None, gpu: str | None
 ) -> Shown:
     """Plan one recipe."""
-    plan = plan_recipe(load_recipe(path, overrides), budget, gpus, gpu)
-    return Shown(render_plan(plan, title=str(path)), plan.to_dict(), plan.fits is not False)
+    recipe = load_recipe(path, overrides)
+    plan = plan_recipe(recipe, budget, gpus, gpu)
+    table = render_plan(plan, title=str(path))
+    if plan.fits is False:
+        table = Group(
+            table, Text(f"What fits: {_search_command(path, recipe, plan)}", no_wrap=True, overflow="ignore")
+        )
+    return Shown(table, plan.to_dict(), plan.fits is not False)
+
+
+def _search_command(path: Path, recipe: Recipe, plan: Plan) -> str:
+    """Write the command that searches for the same training in less memory, or names the least that it takes."""
+    wish = _wish_of(recipe)
+    words = [
+        f"hf-vla plan {path} --budget {plan.budget / GIB:.2f}GiB",
+        f"--train language={wish.language},vggt={wish.vggt}",
+        f"--effective-batch {plan.effective_batch}",
+        *([f"--gpus {plan.gpus}"] if plan.gpus > 1 else []),
+    ]
+    return " ".join(words)
 
 
 def show_search(
@@ -40,8 +64,9 @@ def show_search(
     allow: list[str],
     output: Path,
     cached: bool = False,
+    base: Recipe | None = None,
 ) -> Shown:
-    """Search for the recipes that fit, and write the fastest.
+    """Search for the recipes that fit, and write the fastest; what the words don't speak of is as in `base`.
 
     Raises:
         ValueError: for an unknown change to allow, or no budget to search within.
@@ -61,15 +86,16 @@ def show_search(
         allow=tuple(allow),
         cached=cached,
     )
-    settled = find_budget(make_recipe({}), budget, wish.gpus)
+    base = base or make_recipe({})
+    settled = find_budget(base, budget, wish.gpus)
     if settled is None:
         raise ValueError("There is no GPU here to tell what is free: give --budget, as 28GiB.")
     try:
-        found = search(wish, settled, gpu=gpu)
+        found = search(wish, settled, base, gpu)
     except MemoryBudgetError as error:
         error.recipe.save(output)
         raise MemoryBudgetError(f"{error} The recipe for it is written to {output}.", error.recipe) from None
-    found[0].recipe.save(output)
+    _as_planned(found[0], budget).save(output)
     facts = [
         {"rungs": list(c.rungs), "changes": list(c.changes), "recipe": c.recipe.to_dict(), **c.plan.to_dict()}
         for c in found
@@ -78,11 +104,37 @@ def show_search(
     return Shown(Group(render_candidates(found), "", fastest), facts, fits=True)
 
 
+def _as_planned(candidate: Candidate, budget: str | None) -> Recipe:
+    """Give a found recipe the budget that it was searched for, and its own prediction in place of its base's."""
+    recipe = candidate.recipe
+    about = replace(
+        recipe.about,
+        predicted_peak_bytes=candidate.plan.total,
+        measured_peak_bytes=None,
+        samples_per_second=None,
+        metric=None,
+        date=None,
+        command="",
+    )
+    return replace(recipe, about=about, memory=replace(recipe.memory, budget=budget or recipe.memory.budget))
+
+
 def show_scenarios(gpu: str | None) -> Shown:
     """Plan the guide's three scenarios."""
     found = scenarios(gpu)
     facts = [{"name": s.name, "guide_gb": s.guide, "why": s.why, "plan": s.plan.to_dict()} for s in found]
     return Shown(render_scenarios(found), facts, fits=True)
+
+
+def plan_for_here(recipe: Recipe) -> Plan | None:
+    """Plan a recipe for the GPUs of this machine; None where it uses none, or its dataset can't be opened."""
+    gpus = () if recipe.training.get("use_cpu") else read_gpus().gpus
+    if not gpus:
+        return None
+    try:
+        return plan_recipe(settle_caches(recipe), gpus=count_processes(recipe, len(gpus)))
+    except (ValueError, OSError):  # which the checklist says in its own line
+        return None
 
 
 def what_fits(recipe: Recipe) -> str:

@@ -37,7 +37,7 @@ ALLOWED = {
     "geometry": {"sample", "model", "weights", "run"},
     "evaluation": {"recipe", "sample", "data", "policy", "rollout", "run", "geometry"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},
-    "planning": {"recipe", "memory"},
+    "planning": {"recipe", "memory", "caching"},
     "prepare": {"recipe", "data", "model", "sample", "assemble", "caching", "trainer", "planning"},
     "train": None,
     "probe": None,

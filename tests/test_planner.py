@@ -6,12 +6,14 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_plan import SHAPES, tiny_recipe
+from typer.testing import CliRunner
 
 from hf_vla import planning
 from hf_vla.assemble import build_config, build_on_meta
+from hf_vla.cli import app
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.gpus import GPUS, facts_of, find_gpu, write_calibration
-from hf_vla.memory.ladder import search
+from hf_vla.memory.ladder import Candidate, search
 from hf_vla.memory.plan_table import render_candidates, render_plan
 from hf_vla.memory.planner import make_plan, plan_recipe
 from hf_vla.memory.sizes import format_size, parse_size
@@ -205,6 +207,40 @@ def test_the_recipe_of_the_smallest_budget_is_written(recipe, tmp_path, monkeypa
     with pytest.raises(MemoryBudgetError, match=r"written to .*smallest\.json"):
         planning.show_search("language=lora", "1GiB", 1, None, None, 64, [], output)
     assert load_recipe(output) == recipe
+
+
+def test_the_fastest_is_written_with_the_budget_and_the_plan_of_its_own(recipe, traced, tmp_path, monkeypatch):
+    plan = make_plan(recipe, traced, 28 * GIB, 1, find_gpu("RTX 6000 Ada"), SHAPES)
+    asked = []
+
+    def find(wish, budget, base, gpu):
+        asked.append((budget, base))
+        return [Candidate(base, plan, (), ())]
+
+    monkeypatch.setattr(planning, "search", find)
+    base = replace(recipe, about=replace(recipe.about, purpose="mine", predicted_peak_bytes=1, measured_peak_bytes=2))
+    output = tmp_path / "found.json"
+    planning.show_search("language=lora", "28GiB", 1, None, None, 64, [], output, base=base)
+    assert asked == [(28 * GIB, base)]
+    written = load_recipe(output)
+    assert written.memory.budget == "28GiB" and written.data == base.data
+    about = written.about
+    assert (about.purpose, about.predicted_peak_bytes, about.measured_peak_bytes) == ("mine", plan.total, None)
+
+
+def test_what_does_not_fit_is_told_the_search_that_says_what_would(tmp_path):
+    tiny_recipe(lora={"apply_to": ["lang_encoder"]}).save(tmp_path / "tiny.json")
+    told = CliRunner().invoke(app, ["plan", str(tmp_path / "tiny.json"), "--budget", "100MiB"])
+    words = f"plan {tmp_path / 'tiny.json'} --budget 0.10GiB --train language=lora,vggt=frozen --effective-batch 4"
+    assert told.exit_code == 3 and words in told.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["recipe.json", "--image-size", "392"], ["--scenarios", "--cached"], ["--scenarios", "--set", "a.b=1"], []],
+)
+def test_options_that_would_go_unheard_are_refused(words):
+    assert CliRunner().invoke(app, ["plan", *words]).exit_code == 2
 
 
 def test_an_effective_batch_divides_over_the_gpus(recipe):

@@ -7,11 +7,15 @@ import pytest
 import torch
 from faults.fake_nvml import GIB, gpu, load_in_place_of_nvml
 from tiny_run import tiny_recipe
+from typer.testing import CliRunner
 
+from hf_vla.cli import app
 from hf_vla.memory import preflight
 from hf_vla.memory.check import Check, checks_to_json, format_checks, refuse_on_failure
 from hf_vla.memory.nvml import Inventory, VisibleGPU, read_gpus
 from hf_vla.memory.preflight import check_batch, check_disk, check_gpus, check_memory, check_precision, run_checks
+from hf_vla.memory.sizes import format_size
+from hf_vla.planning import plan_for_here
 from hf_vla.recipe import RecipeError
 
 
@@ -69,6 +73,25 @@ def test_every_ranks_gpu_is_compared_with_the_plan(fake_nvml, one_process, cuda_
         RecipeError, match=r"1 of \d+ checks failed:\n✗ Memory of GPU 2: 18\.00 GiB of 48\.00 GiB free"
     ):
         refuse_on_failure(checks)
+
+
+def test_the_doctor_plans_for_the_gpus_that_are_here(fake_nvml, one_process, cuda_build, tmp_path):
+    fake_nvml.plug(gpu(0, used=20 * GIB), gpu(1, used=46 * GIB))
+    recipe = tiny_recipe(training={"use_cpu": False, "bf16": True})
+    recipe.save(tmp_path / "tiny.json")
+    told = CliRunner().invoke(app, ["doctor", str(tmp_path / "tiny.json"), "--json"])
+    checks = {check["title"]: check for check in json.loads(told.stdout)["checks"]}
+    total = format_size(plan_for_here(recipe).total)
+    assert checks["Plan"]["status"] == "ok" and f"planned peak {total}" in checks["Plan"]["detail"]
+    assert all(f"{total} are needed" in checks[f"Memory of GPU {number}"]["detail"] for number in (0, 1))
+
+
+def test_a_dataset_that_cannot_be_opened_is_the_doctors_to_say(fake_nvml, one_process, tmp_path):
+    fake_nvml.plug(gpu(0))
+    (tmp_path / "empty").mkdir()
+    recipe = tiny_recipe(data={"dataset": str(tmp_path / "empty")}, training={"use_cpu": False})
+    assert plan_for_here(recipe) is None
+    assert find(run_checks(recipe, tmp_path), "Dataset").status == "fail"
 
 
 def test_a_launcher_of_several_machines_checks_this_ones_gpus(

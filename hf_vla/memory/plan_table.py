@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -61,9 +62,9 @@ def render_candidates(candidates: Sequence[Candidate]) -> Table:
 
 def render_scenarios(scenarios: Sequence[Scenario]) -> RenderableType:
     """Lay the guide's figures beside the computed ones, in the guide's GB of 10**9 bytes, and say why they differ."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in (
-        "in GB (10**9 bytes)",
+        "GB of 10**9 bytes",
         "the guide",
         "computed",
         "weights",
@@ -88,13 +89,13 @@ def _bar(kinds: dict[str, int], whole: int) -> Text:
     return bar
 
 
-def _legend(plan: Plan) -> Text:
+def _legend(plan: Plan) -> RenderableType:
+    """Say what the colours stand for, in columns, so that no kind is parted from its size at a line's end."""
     sums = {kind: sum(kinds.get(kind, 0) for kinds in plan.components.values()) for kind in COLOURS}
-    legend = Text("\n")
-    for kind, size in sums.items():
-        if size:
-            legend.append("█ ", COLOURS[kind]).append(f"{kind} {format_size(size)}  ")
-    return legend
+    shown = [
+        Text.assemble(("█ ", COLOURS[kind]), f"{kind} {format_size(size)}") for kind, size in sums.items() if size
+    ]
+    return Group("", Columns(shown, padding=(0, 2)))
 
 
 def _verdict(plan: Plan) -> Text:

@@ -224,7 +224,8 @@ def _share(model: nn.Module, prefix: str) -> str:
         return "frozen"
     count = sum(parameter.numel() for parameter in trained.values())
     kind = "LoRA" if any("lora_" in name for name in trained) else "trained"
-    return f"{kind} ({count / 1e6:,.1f} M parameters)"
+    shown = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+    return f"{kind} ({shown} parameters)"
 
 
 def check_disk(recipe: Recipe, output: str | Path, model: nn.Module | None) -> Check:
