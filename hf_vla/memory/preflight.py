@@ -80,7 +80,8 @@ def check_gpus(inventory: Inventory, wanted: int) -> Check:
     gpus, problem = inventory
     but = f". {problem}" if problem else ""
     if not gpus:
-        return Check("warn" if problem else "ok", "GPUs", f"none, so this trains on the CPU{but}")
+        advice = "Install NVIDIA's driver if there is a GPU; else set training.use_cpu true." if problem else ""
+        return Check("warn" if problem else "ok", "GPUs", f"none, so this trains on the CPU{but}", advice)
     names = f"{len(gpus)} visible: {', '.join(sorted({gpu.name for gpu in gpus}))}"
     if len(gpus) < wanted:
         advice = f"Set memory.gpus to {len(gpus)}, or make {wanted} visible through CUDA_VISIBLE_DEVICES."
@@ -188,7 +189,9 @@ def check_trained(recipe: Recipe, dataset: WindowDataset | None) -> tuple[Check,
     """
     title = "What trains"
     if dataset is None:
-        return Check("warn", title, "not known without the dataset's shapes"), None
+        return Check(
+            "warn", title, "not known without the dataset's shapes", "Mend what the dataset's line says."
+        ), None
     info = dataset.info
     try:
         model = build_on_meta(recipe, build_config(recipe, len(dataset.views), info.state_dim, info.action_dim))
