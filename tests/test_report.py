@@ -253,7 +253,7 @@ def test_thinned_memory_keeps_its_highest_step():
 
 def test_memory_of_a_run_without_a_gpu_is_the_hosts(full_run):
     (full_run / "memory.jsonl").write_text('{"step": 1, "allocated_peak": null, "host_rss": 2147483648}\n')
-    assert "GiB of the host's memory" in words_of(page_of(full_run))
+    assert "GiB of host memory" in words_of(page_of(full_run))
     chart = memory_chart([MemoryLine(step=1, allocated_peak=2**30, host_rss=2**31)], [])
     assert chart.title == "GiB on this process's GPU"
 

@@ -80,7 +80,7 @@ def memory_chart(memory: list[MemoryLine], events: list[Event]) -> Chart | None:
         _line("budget", memory, "budget", "second", reduce=max, scale=2**30),
     ]
     if not any(line.x for line in lines):
-        title = "GiB of the host's memory"
+        title = "GiB of host memory"
         lines = [_line("held by this process", memory, "host_rss", reduce=max, scale=2**30)]
     marks = [event.step for event in events if event.kind == "out_of_memory" and event.step is not None]
     return _chart(title, lines, "step", width=720, height=330, marks=marks)
