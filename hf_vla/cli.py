@@ -60,6 +60,8 @@ def plan(
     else:
         raise typer.BadParameter("Give a recipe, or --train for a search, or --scenarios.")
     typer.echo(json.dumps(shown.facts, indent=2)) if as_json else Console().print(shown.table)
+    if shown.hint and not as_json:
+        typer.echo(shown.hint)
     raise typer.Exit(0 if shown.fits else 3)
 
 

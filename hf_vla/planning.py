@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from hf_vla.caching import settle_caches
 from hf_vla.memory.budget import MemoryBudgetError
@@ -26,6 +25,8 @@ class Shown(NamedTuple):
     table: RenderableType
     facts: Any
     fits: bool
+    hint: str = ""
+    """What to do next, for people; one line, however long, since it holds a command."""
 
 
 def show_recipe(
@@ -34,12 +35,8 @@ def show_recipe(
     """Plan one recipe."""
     recipe = load_recipe(path, overrides)
     plan = plan_recipe(recipe, budget, gpus, gpu)
-    table = render_plan(plan, title=str(path))
-    if plan.fits is False:
-        table = Group(
-            table, Text(f"What fits: {_search_command(path, recipe, plan)}", no_wrap=True, overflow="ignore")
-        )
-    return Shown(table, plan.to_dict(), plan.fits is not False)
+    hint = f"What fits: {_search_command(path, recipe, plan)}" if plan.fits is False else ""
+    return Shown(render_plan(plan, title=str(path)), plan.to_dict(), plan.fits is not False, hint)
 
 
 def _search_command(path: Path, recipe: Recipe, plan: Plan) -> str:
