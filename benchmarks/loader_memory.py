@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.loader_memory --g1 G1_LEROBOT_FOLDER
 
-The G1 sample's two episodes are written once and ten times over, as JPEG files embedded in the rows and as the AV1 that they
-were recorded in. A process of its own goes once through all samples with two workers, map-style and streamed. What the
-process and its workers hold is added up every tenth of a second: each page counts once, shared ones in parts. Pages of their
-own, and those that they share to hand batches over, are memory that the machine must have. Pages of mapped files are copies
-of what is on disk, which the kernel drops when memory is wanted; they are given apart.
+The G1 sample's two episodes are written ten times over and a hundred times, as JPEG files embedded in the rows and as the
+AV1 that they were recorded in: ten times are more episodes than workers keep of a stream. A process of its own reads equally
+many samples of both with two workers, map-style and streamed. What the process and its workers hold is added up every tenth
+of a second: each page counts once, shared ones in parts. Pages of their own, and those that they share to hand batches over,
+are memory that the machine must have. Pages of mapped files are copies of what is on disk, which the kernel drops when it
+wants memory; they are given apart.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from hf_vla.convert.lerobot_v2 import to_v3
 from hf_vla.data.lerobot_merge import merge_datasets
 
 TIMES_OVER = 10
-SETTINGS = {"chunk": 16, "past": 5, "batch_size": 8, "workers": 2, "threads": 1}
+"""That the small dataset holds the sample, and that the large one holds the small one."""
+SETTINGS = {"chunk": 16, "past": 5, "batch_size": 8, "workers": 2, "threads": 1, "samples": 3000}
 KINDS = {"own": ("Pss_Anon", "Pss_Shmem"), "mapped_files": ("Pss_File",)}
 """What is added up to a kind of memory, by the kernel's names."""
 MiB = 1024**2
@@ -44,7 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recorded = to_v3(options.g1, folder / "av1")
-        for store, small in {"av1": recorded, "jpeg": rewrite(recorded, "jpeg", folder / "jpeg")}.items():
+        for store, once in {"av1": recorded, "jpeg": rewrite(recorded, "jpeg", folder / "jpeg")}.items():
+            small = merge_datasets([once] * TIMES_OVER, folder / f"{store}_small")
             large = merge_datasets([small] * options.times, folder / f"{store}_large")
             results[store] = {way: compare(small, large, way == "streamed") for way in ("map-style", "streamed")}
     print(json.dumps(results, indent=2))
@@ -62,7 +65,7 @@ def compare(small: Path, large: Path, streaming: bool) -> dict[str, Any]:
 
 
 def peak(dataset: Path, streaming: bool) -> dict[str, float]:
-    """Go through a dataset once in a process of its own, and give the most that it and its workers held, in MiB."""
+    """Read of a dataset in a process of its own, and give the most that it and its workers held, in MiB."""
     command = [
         sys.executable,
         "-m",

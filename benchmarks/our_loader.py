@@ -1,6 +1,6 @@
 """What our own loader does, in a process of its own, as in_lerobot.py does what LeRobot's does.
 
-python -m benchmarks.our_loader DATASET '{"chunk": 16, …}'   goes through it once
+python -m benchmarks.our_loader DATASET '{"chunk": 16, …}'   reads some of it
 python -m benchmarks.our_loader                            each line asked: [DATASET, {"chunk": 16, "past": 0, …}]
 """
 
@@ -61,17 +61,16 @@ def speed(dataset: str, given: dict) -> dict[str, float]:
     return measure(sizes, given["warm_up"], given["seconds"])
 
 
-def read_once(dataset: str, settings: str) -> None:
-    """Go through all samples of a dataset once."""
+def read_some(dataset: str, settings: str) -> None:
+    """Read so many samples of a dataset."""
     given = json.loads(settings)
     torch.set_num_threads(given["threads"])
-    data = open_data(dataset, given)
     seen = 0
-    for batch in batches(data, given):
+    for batch in batches(open_data(dataset, given), given):
         seen += len(batch["state"])
-        if seen == len(data):
+        if seen >= given["samples"]:
             break
 
 
 if __name__ == "__main__":
-    read_once(*sys.argv[1:]) if sys.argv[1:] else serve(speed)
+    read_some(*sys.argv[1:]) if sys.argv[1:] else serve(speed)
