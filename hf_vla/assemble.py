@@ -13,7 +13,7 @@ from transformers import set_seed
 from hf_vla import weights
 from hf_vla.lora import add_adapters, freeze, lora_config, upcast_trained
 from hf_vla.model.action_heads import HEADS
-from hf_vla.model.configuration_vla import VLAConfig
+from hf_vla.model.configuration_vla import VGGTConfig, VLAConfig
 from hf_vla.model.fusion import FUSIONS
 from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.model.processing_vla import VLAProcessor
@@ -69,8 +69,9 @@ def load_tokenizer(recipe: Recipe, tasks: Iterable[str] = ()):
 def build_config(recipe: Recipe, num_views: int, state_dim: int, action_dim: int) -> VLAConfig:
     """Build the model's config without reading any weights: the shapes of the recipe's parts and of its data."""
     model = recipe.model
+    vggt, layer = read_depth(recipe)
     return VLAConfig(
-        vggt_config=weights.vggt_config(model.vggt),
+        vggt_config=vggt,
         text_config=weights.lang_encoder_config(model.lang_encoder),
         view_fusion_config=dataclasses.asdict(model.fusion),
         head_config=dataclasses.asdict(model.head),
@@ -78,9 +79,26 @@ def build_config(recipe: Recipe, num_views: int, state_dim: int, action_dim: int
         state_dim=state_dim,
         action_dim=action_dim,
         chunk_size=model.chunk_size,
-        vggt_layer=model.vggt_layer,
+        vggt_layer=layer,
         pool_grid=model.pool_grid,
     )
+
+
+def read_depth(recipe: Recipe) -> tuple[VGGTConfig, int]:
+    """Give VGGT's config as deep as it is read, and the layer read: blocks above would take memory, and never run.
+
+    Raises:
+        RecipeError: for a layer that isn't there.
+    """
+    config, layer = weights.vggt_config(recipe.model.vggt), recipe.model.vggt_layer
+    if not -config.depth <= layer < config.depth:
+        raise RecipeError(
+            f"model.vggt_layer is {layer}; this VGGT has layers 0 to {config.depth - 1} (or -{config.depth} to -1)."
+        )
+    if recipe.model.outputs == "geometry":  # whose heads read the last layer too
+        return config, layer
+    config.depth = layer % config.depth + 1
+    return config, -1
 
 
 def build_model(recipe: Recipe, config: VLAConfig, without: Sequence[str] = ()) -> VLAForActionPrediction:
@@ -95,7 +113,7 @@ def build_model(recipe: Recipe, config: VLAConfig, without: Sequence[str] = ()) 
     dtype = getattr(torch, recipe.model.dtype)
     set_seed(recipe.training["seed"])
     if "vggt" not in without:
-        model.model.vggt = weights.load_vggt(recipe.model.vggt, dtype)
+        model.model.vggt = weights.load_vggt(recipe.model.vggt, dtype, config.vggt_config.depth)
     if "lang_encoder" not in without:
         model.model.lang_encoder = weights.load_lang_encoder(
             recipe.model.lang_encoder, dtype, recipe.model.quantization

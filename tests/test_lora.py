@@ -7,6 +7,7 @@ from peft.tuners.lora import bnb, layer
 
 from hf_vla.assemble import build_config, build_model, build_on_meta
 from hf_vla.lora import trained_names
+from hf_vla.recipe import RecipeError
 from tests.tiny_run import TINY_VGGT, tiny_recipe
 
 DEPTH = 3
@@ -25,10 +26,12 @@ def batch_of(config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("top", [-1, -2, 0])
+@pytest.mark.parametrize("outputs", ["actions", "geometry"])
 @pytest.mark.parametrize("sections", [{}, {"model": FROZEN, "lora": LORA}], ids=["full", "lora"])
-def test_every_trainable_parameter_gets_a_gradient(sections, top):
+def test_every_trainable_parameter_gets_a_gradient(sections, outputs, top):
     vggt = {"vggt": {**TINY_VGGT, "depth": DEPTH}, "vggt_layer": top}
     recipe = tiny_recipe(**{**sections, "model": {**sections.get("model", {}), **vggt}})
+    recipe.model.outputs = outputs
     config = build_config(recipe, num_views=2, state_dim=4, action_dim=4)
     model = build_model(recipe, config).train()
     model(**batch_of(config)).loss.backward()
@@ -36,6 +39,14 @@ def test_every_trainable_parameter_gets_a_gradient(sections, top):
     assert reached == trained_names(model)
     blocks = {name.split(".")[3] for name in reached if name.startswith("model.vggt.global_blocks.")}
     assert blocks == {str(i) for i in range(top % DEPTH + 1)}
+    built = len(blocks) if outputs == "actions" else DEPTH  # geometry reads the last one
+    assert len(model.model.vggt.global_blocks) == len(model.model.vggt.frame_blocks) == built
+
+
+def test_a_layer_that_is_not_there():
+    recipe = tiny_recipe(model={"vggt": {**TINY_VGGT, "depth": DEPTH}, "vggt_layer": DEPTH})
+    with pytest.raises(RecipeError, match=rf"vggt_layer is {DEPTH}; this VGGT has layers 0 to {DEPTH - 1}"):
+        build_config(recipe, 2, 4, 4)
 
 
 @pytest.mark.parametrize("build", [build_model, build_on_meta])

@@ -90,6 +90,14 @@ def test_vggt_owns_its_weights(folder, vggt):
     assert_same_weights(loaded, vggt)
 
 
+def test_vggt_is_read_as_deep_as_it_is_built(folder, vggt):
+    loaded = weights.load_vggt(str(folder), depth=1)
+    pixels = torch.rand(1, 2, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels, layers=[-1])[0], vggt.eval()(pixels, layers=[0])[0])
+    assert len(loaded.frame_blocks) == len(loaded.global_blocks) == 1
+
+
 def test_vggt_of_keys_is_random():
     first, second = (weights.load_vggt(VGGT_KEYS, torch.bfloat16) for _ in range(2))
     assert first.dtype == torch.bfloat16

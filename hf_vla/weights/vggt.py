@@ -17,6 +17,7 @@ from .files import TensorFile, is_hub_id, open_tensors, read_config, require_fil
 
 FILES = ("model.safetensors", "model.pt", "vggt_1B_commercial.pt")
 AGGREGATOR = "aggregator."
+STACKS = ("frame_blocks", "global_blocks")
 HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
 """What a checkpoint may hold beside the aggregator; nothing else is ignored."""
 
@@ -47,12 +48,13 @@ def vggt_config(source: str | dict[str, Any]) -> VGGTConfig:
     return config_of_file(open_vggt(source), read_config(source))
 
 
-def load_vggt(source: str | dict[str, Any], dtype: torch.dtype = torch.float32) -> VGGTModel:
+def load_vggt(source: str | dict[str, Any], dtype: torch.dtype = torch.float32, depth: int | None = None) -> VGGTModel:
     """Load VGGT's aggregator straight into a dtype; or make a random one from a dict of config keys.
 
     Args:
         source: Hub id, folder, .safetensors or .pt file in the format of facebook/VGGT-1B; or keys of VGGTConfig.
         dtype: of all weights.
+        depth: its first blocks that are built and read, of each stack; None takes all.
 
     Raises:
         ValueError: if the file is damaged, holds more than tensors or another variant, or if any weight but those of
@@ -60,13 +62,19 @@ def load_vggt(source: str | dict[str, Any], dtype: torch.dtype = torch.float32) 
         FileNotFoundError: if the source isn't there; says how to get it.
     """
     if isinstance(source, dict):
-        return VGGTModel(vggt_config(source)).to(dtype).eval()
+        return VGGTModel(_cut(vggt_config(source), depth)).to(dtype).eval()
     file = open_vggt(source)
     config = config_of_file(file, read_config(source))
+    above = tuple(f"{AGGREGATOR}{stack}.{i}." for stack in STACKS for i in range(depth or config.depth, config.depth))
     with torch.device("meta"):
-        model = VGGTModel(config)
-    fill(model, file, AGGREGATOR, ignored=HEADS, dtype=dtype)
+        model = VGGTModel(_cut(config, depth))
+    fill(model, file, AGGREGATOR, ignored=(*HEADS, *above), dtype=dtype)
     return model.eval()
+
+
+def _cut(config: VGGTConfig, depth: int | None) -> VGGTConfig:
+    config.depth = depth or config.depth
+    return config
 
 
 def open_vggt(source: str) -> TensorFile:
