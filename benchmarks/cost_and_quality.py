@@ -20,18 +20,14 @@ control, which is shown the mean picture only, says how much there was to be see
 import argparse
 import functools
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from benchmarks.closed_loop import ROOT, Training, facts_of
+from benchmarks.closed_loop import ROOT, Training, facts_of, train_in_turn
 from benchmarks.result import RESULTS, write_result
-from hf_vla import run
 from hf_vla.assemble import build_config
 from hf_vla.data.feature_store import row_bytes
 from hf_vla.evaluation import evaluate_offline
@@ -39,7 +35,6 @@ from hf_vla.memory.planner import Plan, plan_recipe
 from hf_vla.memory.shapes import Shapes
 from hf_vla.memory.sizes import format_size
 from hf_vla.recipe import Recipe, load_recipe
-from hf_vla.train import train
 
 FULL_RECIPE, SMALL_RECIPE = ROOT / "recipes/lora.json", ROOT / "recipes/tiny.json"
 GPU, BUDGET = "RTX 6000 Ada", "28GiB"
@@ -88,7 +83,7 @@ def main() -> None:
     arguments = parse()
     runs: Runs = {setting: trainings_of(shrunk(setting), arguments) for setting in TRAINED}
     runs[BLIND] = trainings_of(shrunk(SMALLEST), arguments, "blind-", ["data.pictures=mean"])
-    train_all([own[seed] for seed in range(arguments.seeds) for own in runs.values()], arguments.workers)
+    train_in_turn([own[seed] for seed in range(arguments.seeds) for own in runs.values()], arguments.workers)
     rows = rows_of(runs)
     results = {
         "cost_of": {"recipe": FULL_RECIPE.name, "gpu": GPU, "batch_size": load_recipe(FULL_RECIPE).data.batch_size},
@@ -111,21 +106,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600, help="of each training")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each")
     return parser.parse_args()
-
-
-def train_all(trainings: list[Training], workers: int) -> None:
-    """Train what isn't there yet, `workers` at a time on one thread each, in processes that train one after another."""
-    waiting = [training for training in trainings if not training.is_finished]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as processes:
-        for done, name in enumerate(processes.map(train_one, waiting), 1):
-            print(f"[{done}/{len(waiting)}] {name}", flush=True)
-
-
-def train_one(training: Training) -> str:
-    """Train, going on with what was interrupted; runs in a worker."""
-    train(training.recipe, training.directory, resume=(training.directory / run.RECIPE).exists())
-    return training.name
 
 
 def rows_of(runs: Runs) -> list[dict[str, Any]]:

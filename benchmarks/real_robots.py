@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.closed_loop import ROOT, Training, facts_of, sighted_and_blind, train_side_by_side
+from benchmarks.closed_loop import ROOT, Training, facts_of, sighted_and_blind, train_in_turn
 from benchmarks.result import RESULTS, write_result
 from benchmarks.single_observations import measure_one, trainings_on
 from hf_vla.convert.convention import load_convention
@@ -77,8 +77,8 @@ def main() -> None:
     if arguments.g1 is not None:
         robots["g1"] = describe(arguments.g1, G1, arguments, other_episodes(arguments.g1))
     single = {} if arguments.single is None else trainings_on(arguments.single, RECIPE, COMMON, arguments.folder)
-    trainings = [training for pairs in robots.values() for pair in pairs.values() for training in pair]
-    train_side_by_side([*trainings, *single.values()], arguments.workers)
+    trainings = [pair[side] for side in (0, 1) for pairs in robots.values() for pair in pairs.values()]
+    train_in_turn([*trainings, *single.values()], arguments.workers)
     results = {name: measure(name, pairs) for name, pairs in robots.items()}
     observations = {name: measure_one(training) for name, training in single.items()}
     path = write_result("real_robots", {"robots": results, "single_observations": observations}, arguments.results)
