@@ -9,10 +9,11 @@ physical units, beside the mean action, holding still, what followed the nearest
 Each seed holds other episodes out; what is pooled over seeds is weighted by windows. The val shard of the Bridge sample
 repeats its train shard, and so isn't used. Single observations have no trajectories: see `single_observations`.
 
-What was tried before: learning rate (5e-4, 2e-3), dropout (0, 0.3), pictures of 56 and 70 pixels, and 40 to 240 steps, on
-Bridge split by seeds 100 to 105, none of whose splits is reported. So few recordings are soon learned by heart: of the
-steps tried, 120 to 160 did best. G1 takes the same settings, since both of its episodes are reported; only that its actions
-are joint targets, near to where the joints are, and so are learned as changes from the state.
+What was tried before: learning rate (5e-4, 2e-3), dropout (0, 0.3), normalisation (by deviation, by quantiles), pictures of
+56 and 70 pixels, and 40 to 240 steps, on Bridge split by seeds 100 to 105, none of whose splits is reported. So few
+recordings are soon learned by heart: of the steps tried, 120 to 160 did best. G1 takes the same settings, since both of its
+episodes are reported; only that its actions are joint targets, near to where the joints are, and so are learned as changes
+from the state.
 """
 
 import argparse
