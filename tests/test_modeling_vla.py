@@ -4,6 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -269,6 +270,22 @@ def test_the_fusion_drops_out_only_in_training():
     assert torch.equal(loss_of(model, batch), loss_of(model, batch))
     model.train()
     assert not torch.equal(loss_of(model, batch), loss_of(model, batch))
+
+
+@pytest.mark.parametrize("part", ["", "model", "model.vggt", "model.lang_encoder.layers.0.self_attn", "head"])
+def test_training_reaches_a_part_that_was_switched_alone(part):
+    model = tiny_model().train()
+    model.get_submodule(part).eval()
+    assert all(module.training for module in model.train().modules())
+    assert not any(module.training for module in model.eval().modules())
+    assert all(module.training for module in model.train().modules())
+
+
+def test_a_model_that_trained_is_freed_once_nobody_holds_it():
+    model = tiny_model().train()
+    held = weakref.ref(model.train())
+    del model
+    assert held() is None
 
 
 def test_it_holds_llama_2_7b_without_its_language_head():

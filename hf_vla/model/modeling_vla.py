@@ -191,10 +191,10 @@ class VLAForActionPrediction(VLAPreTrainedModel):
 
     _auto_class = "AutoModel"  # a saved directory holds the code too, and opens with trust_remote_code
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, and doesn't divide by the accumulation steps again
-    _is_training_throughout = False
 
     def __init__(self, config: VLAConfig):
         super().__init__(config)
+        self._parts: list[nn.Module] = []
         self.model = VLAModel(config)
         self.head = HEADS[config.head_config.type](config)
         self.post_init()
@@ -224,13 +224,13 @@ class VLAForActionPrediction(VLAPreTrainedModel):
     def train(self, mode: bool = True) -> "VLAForActionPrediction":
         """Switch all parts to training, or to evaluation.
 
-        Trainer asks before every micro-step. It is done once, until all are switched to evaluation: with adapters there are
-        thousands of parts.
+        Trainer asks before every micro-step. With adapters there are thousands of parts, and walking through them takes longer
+        than looking at each: those of the last walk are looked at, and only if one isn't training is it done again.
         """
-        if not (mode and self._is_training_throughout):
-            super().train(mode)
-        self._is_training_throughout = mode
-        return self
+        if mode and self.training and self._parts and all(part.training for part in self._parts):
+            return self
+        self._parts = [part for part in self.modules() if part is not self] if mode else []  # itself would be a cycle
+        return super().train(mode)
 
     def forward(
         self,
