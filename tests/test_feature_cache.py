@@ -360,8 +360,8 @@ def killed_by(build: ViewBuild, after: int) -> None:
 
 
 def test_a_killed_build_goes_on_with_what_is_missing(views, tmp_path):
-    build_views(make_build(views, tmp_path / "whole"))
-    build = make_build(views, tmp_path / "killed")
+    build_views(make_build(views, tmp_path / "whole", shard_bytes=200))
+    build = make_build(views, tmp_path / "killed", shard_bytes=200)
     looks = (FRAMES + 1) // 2
     for after in (3, looks + 5):
         process = multiprocessing.get_context("fork").Process(target=killed_by, args=(build, after))

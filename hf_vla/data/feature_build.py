@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,16 +260,26 @@ def check_room(build: ViewBuild, missing_rows: int, rows: int) -> None:
 
 @torch.inference_mode()
 def encode_shards(build: ViewBuild, firsts: np.ndarray, spans: list[range], shards: list[int]) -> None:
-    """Encode and write this rank's shards."""
+    """Encode this rank's shards, and write each while the next is encoded: a disk may take as long for one as a GPU."""
     total = sum(len(spans[shard]) for shard in shards)
     loader = _pixels(build, firsts, [spans[shard] for shard in shards])
-    for shard in shards:
-        features = []
-        for _ in _starts(spans[shard], build.batch_size):
-            features.append(build.encode(next(loader)).cpu())
-            build.tick("encoded", len(features[-1]), total)
-        written = write_shard(build.folder / shard_file(shard), torch.cat(features), build.stored)
-        _write_text(_note(build.folder, shard), json.dumps(written._asdict()))
+    writing: Future | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for shard in shards:
+            features = []
+            for _ in _starts(spans[shard], build.batch_size):
+                features.append(build.encode(next(loader)).cpu())
+                build.tick("encoded", len(features[-1]), total)
+            if writing:
+                writing.result()  # no more than two shards are held in memory
+            writing = writer.submit(_write, build, shard, torch.cat(features))
+        if writing:
+            writing.result()
+
+
+def _write(build: ViewBuild, shard: int, features: Tensor) -> None:
+    written = write_shard(build.folder / shard_file(shard), features, build.stored)
+    _write_text(_note(build.folder, shard), json.dumps(written._asdict()))
 
 
 def _pixels(build: ViewBuild, firsts: np.ndarray, spans: list[range]) -> Iterator[Tensor]:
@@ -277,7 +288,13 @@ def _pixels(build: ViewBuild, firsts: np.ndarray, spans: list[range]) -> Iterato
     batches = [
         firsts[start : min(start + size, span.stop)].tolist() for span in spans for start in _starts(span, size)
     ]
-    loader = DataLoader(build.pairs, batch_sampler=batches, num_workers=build.workers, collate_fn=torch.stack)
+    loader = DataLoader(
+        build.pairs,
+        batch_sampler=batches,
+        num_workers=build.workers,
+        collate_fn=torch.stack,
+        pin_memory=torch.cuda.is_available(),
+    )
     return iter(loader)
 
 
