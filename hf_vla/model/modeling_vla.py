@@ -224,8 +224,8 @@ class VLAForActionPrediction(VLAPreTrainedModel):
     def train(self, mode: bool = True) -> "VLAForActionPrediction":
         """Switch all parts to training, or to evaluation.
 
-        Trainer asks before every micro-step. With adapters there are thousands of parts, and walking through them takes longer
-        than looking at each: those of the last walk are looked at, and only if one isn't training is it done again.
+        Trainer asks before every micro-step. With adapters there are thousands of parts, and walking through them takes
+        longer than looking at each: those of the last walk are looked at, and only if one isn't training it is done again.
         """
         if mode and self.training and self._parts and all(part.training for part in self._parts):
             return self
