@@ -1,9 +1,16 @@
 """How fast is a row of features read at random: safetensors through a memory map or the library, and Arrow both ways.
 
+    OMP_NUM_THREADS=1 python -m benchmarks.feature_formats
+
+Rows are as large as VGGT-1B's pairs. Cold is with none of the file in this system's page cache; what the disk or its host
+keeps of it is out of reach. Written means on the disk, for each format alike.
+
 Letters: N rows.
 """
 
+import argparse
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.result import RESULTS, write_result
 from hf_vla.data.feature_store import FEATURES, FeatureStore, write_shard
 
 ROW = (2, 64, 2048)
@@ -22,6 +30,16 @@ ROW = (2, 64, 2048)
 SHARD_ROWS, SHARDS = 100, 3
 READS = 600
 BATCH = 8
+
+
+def main() -> None:
+    """Measure every format."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = {"row": ROW, "rows": SHARD_ROWS * SHARDS, "reads": READS, "formats": measure_formats(Path(folder))}
+    print(f"Written: {write_result('feature_formats', results, options.results)}")
 
 
 def measure_formats(folder: Path) -> list[dict[str, Any]]:
@@ -36,6 +54,8 @@ def measure_formats(folder: Path) -> list[dict[str, Any]]:
         begun = time.perf_counter()
         for number, features in enumerate(shards):
             write(place, number, features)
+        for path in place.iterdir():
+            reach_disk(path)
         seconds = time.perf_counter() - begun
         size = sum(path.stat().st_size for path in place.iterdir())
         cold, warm = (read_all(open_format(place), order, place if is_cold else None) for is_cold in (True, False))
@@ -70,10 +90,16 @@ def check(read: Callable[[int], Tensor], shards: list[Tensor], rows: list[int]) 
             raise ValueError(f"Row {row} isn't what was written.")
 
 
-def forget(path: Path) -> None:
-    """Drop a file's pages from the system's page cache."""
+def reach_disk(path: Path) -> None:
+    """Wait until a file lies on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def forget(path: Path) -> None:
+    """Drop a file's pages from the system's page cache."""
+    reach_disk(path)
+    with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -142,3 +168,6 @@ FORMATS = {
     "arrow batch a row": (write_arrow_alone, open_arrow),
 }
 """How each is written and opened."""
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cached_vs_uncached import BATCH, SIZES, WAYS, Moment, lengths, make_case, now, step_lengths
+from benchmarks.cache_cases import BATCH, SIZES, WAYS, make_case
+from benchmarks.clocks import Moment, lengths, now, step_lengths
 from benchmarks.result import RESULTS, write_result
 from hf_vla.caching import build_caches, with_cache
 from hf_vla.memory.monitor import MemoryMonitor
@@ -48,7 +49,7 @@ def main() -> None:
 
 def measure(way: str, is_cached: bool, rounds: int, folder: Path) -> dict:
     """Let both loops take turns on the steps of one recipe."""
-    recipe = make_case(way, SIZES, folder)
+    recipe = make_case(way, folder)
     recipe.training |= {"max_steps": STEPS, "logging_steps": 10}
     if is_cached:
         build_caches(recipe)

@@ -1,7 +1,7 @@
 """Rows of features on disk: safetensors shards that are written whole or not at all, and read through memory maps.
 
 A shard is an ordinary safetensors file: it travels, anything opens it, and unlike Arrow it knows bfloat16 and 8 bits. How
-fast rows are read from either is measured in benchmarks/cached_vs_uncached.py.
+fast rows are read from either is measured in benchmarks/feature_formats.py.
 
 Letters: N rows of a store, n of a shard; a row has any shape, `...`.
 """
