@@ -85,7 +85,8 @@ def bare_loop(trainer: VLATrainer, batches: Iterator[list[int]]) -> Iterator[Mom
     """Train some steps without any Trainer, and tell when each ended."""
     model, args = trainer.bare_model().train(), trainer.args
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    groups = [{name: group[name] for name in ("params", "weight_decay")} for group in trainer.optimizer.param_groups]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         batch: dict[str, Tensor] = trainer.data_collator([trainer.train_dataset[i] for i in next(batches)])
