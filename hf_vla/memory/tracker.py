@@ -57,7 +57,7 @@ class MemoryTracker(TorchDispatchMode):
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked more often than all other operations together
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = None if _is_idle(func, args, kwargs) else func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         component = self._component()
         for tensor in made:
@@ -182,3 +182,8 @@ class MemoryTracker(TorchDispatchMode):
     def _owner(self, tensor: Tensor) -> str:
         entry = self._alive.get(tensor.untyped_storage()._cdata)
         return COMPONENTS[entry[1] // len(KINDS)] if entry else "other"
+
+
+def _is_idle(func, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation has nothing to do: on fake tensors, one that only changes numbers, as an optimizer's update."""
+    return not func._schema.returns and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
