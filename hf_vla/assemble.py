@@ -139,6 +139,7 @@ def build_on_meta(recipe: Recipe, config: VLAConfig) -> VLAForActionPrediction:
     for backbone in (model.model.vggt, model.model.lang_encoder):
         backbone.to(dtype)
     weights.quantize_skeleton(model.model.lang_encoder, recipe.model.quantization)
+    weights.attend_without_asking(model.model.lang_encoder)
     make_trainable(model, recipe)
     return model
 

@@ -43,7 +43,7 @@ def read_shapes(recipe: Recipe) -> Shapes:
 def longest_prompt(recipe: Recipe, info: DatasetInfo) -> int:
     """Count the tokens of the dataset's longest prompt."""
     prompts = [recipe.model.prompt.format(task=task) for task in info.tasks.values()]
-    return max(len(ids) for ids in load_tokenizer(recipe)(prompts)["input_ids"])
+    return max(len(ids) for ids in load_tokenizer(recipe, info.tasks.values())(prompts)["input_ids"])
 
 
 def _has_tokenizer(recipe: Recipe) -> bool:

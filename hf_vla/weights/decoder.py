@@ -84,9 +84,9 @@ def load_lang_encoder(
     bnb_config = _quantization_config(quantization)
     if not isinstance(source, dict):
         _require_config(source)
-        return _attend_without_asking(_load(source, dtype, bnb_config))
+        return attend_without_asking(_load(source, dtype, bnb_config))
     model = AutoModel.from_config(_config_of_keys(source), dtype=dtype, attn_implementation="sdpa")
-    return _attend_without_asking(_quantized_copy(model, dtype, bnb_config) if bnb_config else model.eval())
+    return attend_without_asking(_quantized_copy(model, dtype, bnb_config) if bnb_config else model.eval())
 
 
 def quantize_skeleton(model: PreTrainedModel, quantization: str) -> None:
@@ -99,7 +99,7 @@ def quantize_skeleton(model: PreTrainedModel, quantization: str) -> None:
         _keep_packing(model)
 
 
-def _attend_without_asking(model: PreTrainedModel) -> PreTrainedModel:
+def attend_without_asking(model: PreTrainedModel) -> PreTrainedModel:
     """Let a decoder's attention be causal without looking whether several sequences were packed into one.
 
     Of the `sdpa` that transformers knows, it reads that back from the GPU in every forward (`find_packed_sequence_indices`,
