@@ -58,7 +58,9 @@ class Training:
         """
         if not (self.directory / run.RECIPE).exists():
             return False
-        if load_recipe(self.directory / run.RECIPE) != self.recipe:
+        recipe = self.recipe
+        kept = load_recipe(self.directory / run.RECIPE)
+        if dataclasses.replace(kept, about=recipe.about) != recipe:  # a plan recorded since changes nothing here
             raise SystemExit(f"{self.directory} holds a run of another recipe: remove it, or give another --folder.")
         return "finished" in run.read_info(self.directory)
 

@@ -48,17 +48,18 @@ def plan(
         raise typer.BadParameter("--image-size, --allow and --cached are for a search: give --train too.")
     if overrides and not recipe_file:
         raise typer.BadParameter("--set changes a recipe: give one.")
-    if scenarios:
-        shown = planning.show_scenarios(gpu)
-    elif train is not None:
-        base = load_recipe(recipe_file, overrides) if recipe_file else None
-        shown = planning.show_search(
-            train, budget, gpus, gpu, image_size, effective_batch, allow or [], output, cached, base
-        )
-    elif recipe_file:
-        shown = planning.show_recipe(recipe_file, overrides, budget, gpus, gpu)
-    else:
+    if not (scenarios or train or recipe_file):
         raise typer.BadParameter("Give a recipe, or --train for a search, or --scenarios.")
+    with Console(stderr=True).status("Tracing a training step of each way…" if train else "Tracing a training step…"):
+        if scenarios:
+            shown = planning.show_scenarios(gpu)
+        elif train:
+            base = load_recipe(recipe_file, overrides) if recipe_file else None
+            shown = planning.show_search(
+                train, budget, gpus, gpu, image_size, effective_batch, allow or [], output, cached, base
+            )
+        else:
+            shown = planning.show_recipe(recipe_file, overrides, budget, gpus, gpu)
     typer.echo(json.dumps(shown.facts, indent=2)) if as_json else Console().print(shown.table)
     if shown.hint and not as_json:
         typer.echo(shown.hint)
@@ -195,7 +196,10 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, OSError, ImportError, MemoryBudgetError) as error:
+    except MemoryBudgetError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise SystemExit(3) from None
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"Error: {error}") from None
 
 

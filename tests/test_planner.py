@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_vla import planning
 from hf_vla.assemble import build_config, build_on_meta
-from hf_vla.cli import app
+from hf_vla.cli import app, main
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.gpus import GPUS, facts_of, find_gpu, write_calibration
 from hf_vla.memory.ladder import Candidate, search
@@ -207,6 +208,18 @@ def test_the_recipe_of_the_smallest_budget_is_written(recipe, tmp_path, monkeypa
     with pytest.raises(MemoryBudgetError, match=r"written to .*smallest\.json"):
         planning.show_search("language=lora", "1GiB", 1, None, None, 64, [], output)
     assert load_recipe(output) == recipe
+
+
+def test_a_search_that_finds_nothing_exits_as_what_does_not_fit(recipe, tmp_path, monkeypatch, capsys):
+    def find_nothing(*args, **kwargs):
+        raise MemoryBudgetError("Nothing fits.", recipe)
+
+    monkeypatch.setattr(planning, "search", find_nothing)
+    words = ["--train", "language=lora", "--budget", "1GiB", "--output", str(tmp_path / "smallest.json")]
+    monkeypatch.setattr(sys, "argv", ["hf-vla", "plan", *words])
+    with pytest.raises(SystemExit, match="3"):
+        main()
+    assert capsys.readouterr().err.startswith("Error: Nothing fits.")
 
 
 def test_the_fastest_is_written_with_the_budget_and_the_plan_of_its_own(recipe, traced, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from hf_vla.caching.build import AT_ONCE
+from hf_vla.console import set_up_logging
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.encode_ahead import pairs_of_a_step
 from hf_vla.memory.gpus import GPU
@@ -276,7 +277,7 @@ class _mapper:
     """A `map` over processes, or in this one if there is to be no other."""
 
     def __init__(self, workers: int):
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), set_up_logging) if workers > 1 else None
 
     def __enter__(self) -> Callable:
         return self._pool.map if self._pool else map
