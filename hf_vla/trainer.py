@@ -176,7 +176,7 @@ class VLATrainer(ResumableTrainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        if not self.is_sharded:  # where shards take the place of whole parameters, which live as long as someone holds them
+        if not self.is_sharded:  # or whole parameters would live on beside their shards
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.recipe.memory.optimizer_in_backward:
             average = (lambda parameter: None) if ranks.is_alone() else ranks.average

@@ -183,14 +183,19 @@ def _lines(recipe: Recipe, traced: Trace, ledger: Ledger, gpus: int, gpu: GPU) -
     if gpus > 1:
         lines.append(Line("NCCL", gpu.nccl_bytes, gpu.source))
     if is_sharded(recipe, gpus):
-        source = "largest layer gathered and the next one prefetched, and its whole gradient: FSDP's schedule"
-        lines.append(Line("gathered layers", 3 * traced.largest_unit, source))
+        source = "largest layer, the next prefetched, its gradient and the copy to reduce: FSDP2, _fsdp_collectives.py"
+        lines.append(Line("gathered layers", 4 * traced.largest_unit + _summand(recipe, traced, gpus), source))
         source = "accelerate's FSDP2 trains 16-bit weights in float32: utils/fsdp_utils.py, fsdp2_prepare_model"
         lines.append(Line("float32 masters", _masters(recipe, traced) // gpus, source))
     if recipe.model.quantization == "int8":
         activations = sum(kinds.get("activations", 0) for kinds in ledger.breakdown(ledger.peak()[1]).values())
         lines.append(Line("int8 outliers", int(INT8_OUTLIERS * activations), "stated margin: they depend on numbers"))
     return lines
+
+
+def _summand(recipe: Recipe, traced: Trace, gpus: int) -> int:
+    """Give what a layer's reduced shard takes, in 16 and in 32 bits, until it is added to those that accumulate."""
+    return 3 * traced.largest_unit // gpus if recipe.training["gradient_accumulation_steps"] > 1 else 0
 
 
 def _masters(recipe: Recipe, traced: Trace) -> int:
