@@ -84,11 +84,6 @@ class AugmentedDataset(Dataset):
         """The instruction of every sample."""
         return self.dataset.tasks
 
-    @property
-    def actions(self) -> np.ndarray:
-        """(n, A) float32, the first action of every sample."""
-        return self.dataset.actions
-
 
 def draw_variation(augmentation: AugmentationLike, generator: np.random.Generator) -> Variation:
     """Draw one variation, each part evenly within its bounds; the same numbers are drawn whatever the bounds are."""

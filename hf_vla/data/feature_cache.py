@@ -224,11 +224,6 @@ class CachedDataset(Dataset):
         """The instruction of every sample."""
         return self.dataset.tasks
 
-    @property
-    def actions(self) -> np.ndarray:
-        """(n, A) float32, the first action of every sample."""
-        return self.dataset.actions
-
 
 def pad_texts(states: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Pad text states of different lengths on the right, as their prompts would have been.
