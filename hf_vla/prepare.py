@@ -54,6 +54,7 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
 
 def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: Samples) -> None:
     """Give a discrete head the levels that training actions take."""
-    sources = train_data.sources if processor.datasets else None
-    actions = processor(actions=train_data.actions, dataset=sources)["actions"]
+    numbers = train_data.numbers()
+    sources = numbers.sources if processor.datasets else None
+    actions = processor(actions=numbers.actions, dataset=sources)["actions"]
     model.head.fit_levels(actions)

@@ -3,13 +3,18 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lerobot_faults import break_actions, break_parquet, break_tasks, middle, remove_parquet, slow_down
 from lerobot_folders import write_v2, write_v3
 
 from hf_vla.data.loader import SKIPPED, RankBatches, build_loader
 from hf_vla.data.mixture import build_datasets, order_of
+from hf_vla.data.streaming import StreamedDataset, open_stream
+from hf_vla.evaluation import evaluate_offline
+from hf_vla.policy import Policy
 from hf_vla.recipe import make_recipe
+from hf_vla.rollout.baselines import BASELINES
 from hf_vla.run import read_info
 from hf_vla.train import train
 from tests.tiny_run import tiny_recipe
@@ -128,3 +133,52 @@ def test_what_a_run_left_out_stands_in_its_file(tmp_path, caplog):
     assert left_out["episodes"] == 2
     assert [text.startswith(f"{file}: can't be read") for text in left_out["first"]] == [True, True]
     assert "2 episodes are left out" in caplog.text
+
+
+@WRITERS
+@pytest.mark.parametrize("fault", [break_parquet, break_actions, break_tasks], ids=lambda fault: fault.__name__)
+def test_all_numbers_of_a_streamed_set_are_those_of_one_read_whole(tmp_path, fault, write, caplog):
+    roots = [write(tmp_path / name, lengths=LENGTHS) for name in ("doors", "lids")]
+    fault(roots[0])
+    with pytest.raises(ValueError, match=re.escape(str(middle(roots[0])))):
+        build_datasets(make_recipe({"data": data_of(*roots, streaming=True)}).data, 4, 0)[0].numbers()
+    whole, streamed = (
+        build_datasets(make_recipe({"data": data_of(*roots, streaming=streaming, on_error="skip")}).data, 4, 0)[0]
+        for streaming in (False, True)
+    )
+    numbers = streamed.numbers()
+    assert len(numbers) == len(whole) < len(streamed)
+    assert np.array_equal(numbers.states, whole.states) and np.array_equal(numbers.actions, whole.actions)
+    assert (numbers.tasks, numbers.sources) == (whole.tasks, whole.sources)
+    for a, b in zip(numbers.windows(range(len(whole))), whole.windows(range(len(whole))), strict=True):
+        assert np.array_equal(a, b)
+    assert len(numbers.info.left_out) == len(LOST[write])
+    assert f"doors: {len(LOST[write])} episodes' numbers are left out, the first: {middle(roots[0])}" in caplog.text
+
+
+def test_episodes_none_of_which_can_be_read_have_no_numbers(tmp_path):
+    root = write_v3(tmp_path / "doors", lengths=LENGTHS)
+    break_parquet(root)
+    samples = StreamedDataset(open_stream(root, on_error="skip"), [], 4, episodes=LOST[write_v3])
+    with pytest.raises(ValueError, match=r"doors: none of 2 episodes can be read, the first: .*file-001\.parquet"):
+        samples.numbers()
+
+
+@pytest.mark.parametrize("fault", [break_parquet, break_actions], ids=lambda fault: fault.__name__)
+def test_bins_and_baselines_of_a_streamed_set_know_nothing_of_its_broken_episodes(tmp_path, fault):
+    root = write_v3(tmp_path / "doors", lengths=LENGTHS)
+    fault(root)
+    data = data_of(root, streaming=True, on_error="skip", eval_fraction=0.3)
+    recipe = tiny_recipe(model={"head": {"type": "discrete", "num_bins": 8}}, data=data)
+    run = train(recipe, tmp_path / "run")
+    trained, held_out = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
+    lost = {episode.index for episode in trained.episodes} & set(LOST[write_v3])
+    assert lost, "the split leaves a broken episode to train on"
+    policy = Policy.from_pretrained(run / "model")
+    sound = policy.processor(actions=trained.numbers().actions)["actions"]
+    assert set(policy.model.head.levels.flatten().tolist()) <= set(sound.flatten().tolist())
+    report = evaluate_offline(run)
+    assert report["train_left_out"] == len(lost)
+    unread = [episode for episode in held_out.episodes if episode.index in LOST[write_v3]]
+    assert report["left_out"] == sum(episode.length for episode in unread)
+    assert np.isfinite([report[name]["mean_mae"] for name in ("policy", *BASELINES)]).all()

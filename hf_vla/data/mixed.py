@@ -99,18 +99,22 @@ class MixedDataset(ConcatDataset):
 
     @property
     def states(self) -> np.ndarray:
-        """Give the state of every sample, (n, S) float32."""
+        """Give the state of every sample, (n, S) float32; of streamed datasets, `numbers` has them."""
         return np.concatenate([dataset.states for dataset in self.datasets])
 
     @property
     def actions(self) -> np.ndarray:
-        """Give the first action of every sample, (n, A) float32."""
+        """Give the first action of every sample, (n, A) float32; of streamed datasets, `numbers` has them."""
         return np.concatenate([dataset.actions for dataset in self.datasets])
 
     def locate(self, i: int) -> tuple[Episode, int]:
         """Say which episode sample `i` is from, and at which of its frames."""
         d = int(np.searchsorted(self.cumulative_sizes, i, side="right"))
         return self.datasets[d].locate(i - self._starts[d])
+
+    def numbers(self) -> "MixedDataset":
+        """Give its states, actions and instructions in memory, without pictures; see `StreamedDataset.numbers`."""
+        return MixedDataset([d.numbers() for d in self.datasets], [part.weight for part in self.parts])
 
     def windows(self, indices: Sequence[int]) -> Window:
         """Cut states and action chunks of many samples, without their pictures."""

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from hf_vla.data import columns
+from hf_vla.data.episode_faults import leave_out_faulty
 from hf_vla.data.lerobot_format import (
     STAT_NAMES,
     DatasetInfo,
@@ -293,29 +294,28 @@ class StreamedDataset(Dataset):
         any_task = next(iter(self.info.tasks.values()), "")
         return [(e.tasks or (any_task,))[0] for e in self.episodes for _ in range(e.length)]
 
-    @property
-    def states(self) -> np.ndarray:
-        """Fetch the state of every sample, (n, S) float32."""
-        return self._all(STATE)
+    def numbers(self) -> WindowDataset:
+        """Fetch its states, actions and instructions in one pass: a dataset of as many samples, without pictures.
 
-    @property
-    def actions(self) -> np.ndarray:
-        """Fetch the first action of every sample, (n, A) float32."""
-        return self._all(ACTION)
+        Where `on_error` is `skip`, it has fewer: its `info.left_out` says which episodes were no use, and why.
+        """
+        self._check_size()
+        info = replace(self.info, **self._read_all())
+        if info.on_error == "skip":
+            info = leave_out_faulty(info)
+        if lost := info.left_out[len(self.info.left_out) :]:
+            logger.warning("%s: %d episodes' numbers are left out, the first: %s", info.name, len(lost), lost[0])
+        return WindowDataset(info, [], self.chunk_size)
 
     def windows(self, indices: Sequence[int]) -> Window:
         """Fetch states and action chunks of many samples, without their pictures."""
         places = [self._position(int(i)) for i in indices]
         parts: dict[int, Window] = {}
         for position in sorted({position for position, _ in places}):
-            frames = [frame for p, frame in places if p == position]
-            block = self._numbers(position)
-            found = block.windows(frames)
-            parts |= {
-                k: Window(found.state[j], found.actions[j], found.action_is_pad[j])
-                for j, k in enumerate(k for k, (p, _) in enumerate(places) if p == position)
-            }
-        return Window(*(np.stack([parts[k][column] for k in range(len(places))]) for column in range(3)))
+            own = [k for k, (p, _) in enumerate(places) if p == position]
+            found = self._fetch(position, _NUMBERS, []).windows([places[k][1] for k in own])
+            parts |= {k: Window(*row) for k, row in zip(own, zip(*found, strict=True), strict=True)}
+        return Window(*map(np.stack, zip(*(parts[k] for k in range(len(places))), strict=True)))
 
     def _position(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
@@ -332,24 +332,35 @@ class StreamedDataset(Dataset):
             self._kept.popitem(last=False)
         return self._kept[position]
 
-    def _numbers(self, position: int) -> WindowDataset:
-        return self._fetch(position, _NUMBERS, [])
-
     def _fetch(self, position: int, names: Sequence[str], views: Sequence[ViewLike]) -> WindowDataset:
         episode = self.episodes[position]
         rows = self.info.shards.rows(episode, names)
         return WindowDataset(replace(self.info, episodes=(episode,), table=rows), views, self.chunk_size)
 
-    def _all(self, key: str) -> np.ndarray:
+    def _check_size(self) -> None:
         if len(self) > _MOST_ROWS:
             raise ValueError(
-                f"{self.info.name}: {len(self)} samples are too many to hold {key} of all of them in memory, as was asked. "
-                "Choose fewer episodes, or a head other than 'discrete'."
+                f"{self.info.name}: {len(self)} samples are too many to hold the numbers of all of them in memory, as was "
+                "asked. Choose fewer episodes, or a head other than 'discrete'."
             )
-        return np.concatenate([getattr(self._numbers(p), _ATTRIBUTES[key]) for p in range(len(self.episodes))])
+
+    def _read_all(self) -> dict[str, Any]:
+        """Read the rows of all episodes that can be, one behind the other, as fields of a `DatasetInfo`."""
+        tables, episodes, faults, first_row = [], [], [], 0
+        for episode in self.episodes:
+            try:
+                tables.append(self.info.shards.rows(episode, _NUMBERS).data)
+            except ValueError as error:
+                if self.info.on_error == "raise":
+                    raise
+                faults.append(str(error))
+                continue
+            episodes.append(replace(episode, first_row=first_row))
+            first_row += episode.length
+        if not tables:
+            raise ValueError(f"{self.info.name}: none of {len(faults)} episodes can be read, the first: {faults[0]}")
+        rows = Rows(pa.concat_tables(tables, promote_options="permissive"))
+        return {"episodes": tuple(episodes), "table": rows, "left_out": (*self.info.left_out, *faults)}
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": OrderedDict()}
-
-
-_ATTRIBUTES = {STATE: "states", ACTION: "actions"}

@@ -34,6 +34,8 @@ class Window(NamedTuple):
     """(n, T, A) float32; past the end of the episode its last action is repeated."""
     action_is_pad: np.ndarray
     """(n, T) bool."""
+    task: np.ndarray
+    """(n,) the instructions."""
 
 
 class WindowDataset(Dataset):
@@ -125,13 +127,18 @@ class WindowDataset(Dataset):
         position = int(np.searchsorted(self._ends, i, side="right"))
         return self.episodes[position], int(i - self._starts[position])
 
+    def numbers(self) -> "WindowDataset":
+        """Give the dataset itself, whose numbers are in memory; see `StreamedDataset.numbers`."""
+        return self
+
     def windows(self, indices: Sequence[int]) -> Window:
         """Cut states and action chunks of many samples at once, without their pictures."""
         indices = np.asarray(indices)
         ends = self._ends[np.searchsorted(self._ends, indices, side="right")]
         wanted = indices[:, None] + np.arange(self.chunk_size)
         rows = np.minimum(wanted, ends[:, None] - 1)
-        return Window(self.states[indices], self.actions[rows], wanted >= ends[:, None])
+        tasks = np.array([self.tasks[i] for i in indices], object)
+        return Window(self.states[indices], self.actions[rows], wanted >= ends[:, None], tasks)
 
     def _rows(self, key: str) -> np.ndarray:
         """Read a column over the chosen episodes, one after the other, as (rows, D)."""

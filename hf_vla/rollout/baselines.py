@@ -27,7 +27,7 @@ def hold_still(train: WindowDataset, held_out: WindowDataset, indices: np.ndarra
     still = np.zeros((len(indices), train.actions.shape[1]), np.float32)
     position = commands_position(train)
     if position.any():
-        still[:, position] = held_out.states[indices][:, position]
+        still[:, position] = held_out.windows(indices).state[:, position]
     return np.repeat(still[:, None], held_out.chunk_size, axis=1)
 
 
@@ -50,12 +50,11 @@ def nearest_state(train: WindowDataset, held_out: WindowDataset, indices: np.nda
     up in all.
     """
     std = np.maximum(train.states.std(0), _STD_FLOOR)
-    known, asked = train.states / std, held_out.states[indices] / std
-    train_tasks = np.asarray(train.tasks)
-    asked_tasks = np.asarray(held_out.tasks)[indices]
+    windows, train_tasks = held_out.windows(indices), np.asarray(train.tasks)
+    known, asked = train.states / std, windows.state / std
     nearest = np.zeros(len(indices), np.int64)
-    for task in np.unique(asked_tasks):
-        rows, own = np.flatnonzero(asked_tasks == task), np.flatnonzero(train_tasks == task)
+    for task in np.unique(windows.task):
+        rows, own = np.flatnonzero(windows.task == task), np.flatnonzero(train_tasks == task)
         candidates = own if len(own) else np.arange(len(known))
         nearest[rows] = candidates[_nearest(asked[rows], known[candidates])]
     return train.windows(nearest).actions

@@ -144,7 +144,8 @@ def offline_report(
         `names` of the dimensions; `policy`, `mean_action`, `hold_still` and `nearest_state`, each with `mae` and `rmse` of
         every dimension, their means, `mean_scaled_mae` (of each dimension's over its training std) and `gripper_accuracy`
         (None where no dimension is a gripper); `hold_still_at_state`, the dimensions that command a position; `windows`
-        and `episodes` measured on, and the windows `left_out`.
+        and `episodes` measured on, the windows `left_out`, and the episodes that the baselines
+        don't know, `train_left_out`.
 
     Raises:
         ValueError: where nothing is held out or can be read, or the policy predicts chunks of another shape.
@@ -154,6 +155,7 @@ def offline_report(
     chosen = np.unique(np.linspace(0, len(held_out) - 1, max_windows).round().astype(int))
     chunks, indices = _predict_all(predict, held_out, chosen, batch_size, on_error)
     predictions = {"policy": chunks}
+    train = train.numbers()
     predictions |= {name: baseline(train, held_out, indices) for name, baseline in BASELINES.items()}
     names = held_out.info.action_names
     return {
@@ -165,6 +167,7 @@ def offline_report(
         "windows": len(indices),
         "episodes": len(held_out.episodes),
         "left_out": len(chosen) - len(indices),
+        "train_left_out": len(train.info.left_out),
     }
 
 
@@ -191,7 +194,7 @@ def _predict_all(
         raise ValueError(f"{dataset.info.name}: none of {len(indices)} held-out samples can be read to measure on.")
     chunks = np.concatenate([np.asarray(predict(list(found.values()))) for found in read])
     indices = np.array([i for found in read for i in found])
-    expected = (len(indices), dataset.chunk_size, dataset.actions.shape[1])
+    expected = (len(indices), dataset.chunk_size, dataset.info.action_dim)
     if chunks.shape != expected:
         raise ValueError(
             f"The policy predicts chunks of shape {chunks.shape[1:]}, but the dataset's are {expected[1:]} (T, A)."
