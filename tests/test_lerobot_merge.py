@@ -45,6 +45,17 @@ def test_parts_together_are_what_one_dataset_would_be(tmp_path, limit):
         assert all(np.allclose(stats[0][key][name], stats[1][key][name]) for name in exact), key
 
 
+def test_an_instruction_that_changes_on_the_way_is_counted_row_by_row(tmp_path):
+    changing = (make_episode(4, 5), ["c", "b", "b", "d"])  # 0, 1, 1, 2 in its part; b is first in the whole
+    pieces = [EPISODES[1:2], [changing, EPISODES[0]]]
+    merged = merge_datasets([write(tmp_path / f"part-{i}", piece) for i, piece in enumerate(pieces)], tmp_path / "all")
+    whole = write(tmp_path / "whole", [EPISODES[1], changing, EPISODES[0]])
+    rows = [pq.read_table(root / "meta/episodes").to_pylist() for root in (merged, whole)]
+    assert rows[0] == rows[1]
+    assert rows[0][1]["stats/task_index/mean"] == [np.mean([1, 0, 0, 2])]
+    assert rows[0][1]["stats/task_index/std"] == [np.std([1, 0, 0, 2])]
+
+
 def test_videos_keep_their_frames(tmp_path):
     pytest.importorskip("av")
     merged = merge_datasets(parts(tmp_path, "video"), tmp_path / "merged")

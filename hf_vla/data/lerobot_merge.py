@@ -9,14 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_vla.data.lerobot_stats import QUANTILES
+from hf_vla.data.lerobot_stats import QUANTILES, vector_stats
 from hf_vla.data.lerobot_writer import DATA_PATH, EPISODES_PATH, FILES_PER_CHUNK, VIDEO_PATH
 from hf_vla.data.running_stats import RunningStats
 
@@ -105,7 +105,7 @@ class _Merged:
             self._count_pictures(rows)
             self._write_episodes(rows, places, video_offsets)
         self._episodes += len(places)
-        self._frames += sum(length for _, length in places)
+        self._frames += sum(place.length for place in places)
 
     def finish(self, recording: Mapping[str, Any] | None) -> None:
         """Write the metadata."""
@@ -122,18 +122,19 @@ class _Merged:
             text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
             (meta / f"{name}.json").write_text(text, encoding="utf-8")
 
-    def _add_data(self, part: Path, tasks: dict[int, int]) -> list[tuple[int, int]]:
-        """Copy the rows an episode at a time; give each episode's data file and length."""
-        places: list[tuple[int, int]] = []
+    def _add_data(self, part: Path, tasks: dict[int, int]) -> list["_Copied"]:
+        """Copy the rows an episode at a time."""
+        places: list[_Copied] = []
         for file in sorted((part / "data").rglob("*.parquet")):
             source = pq.ParquetFile(file)
             for group in range(source.num_row_groups):
                 rows = source.read_row_group(group)
                 writer = self._data_writer(rows.schema)
-                rows = self._renumber(rows, self._episodes + len(places), tasks, sum(n for _, n in places))
+                rows = self._renumber(rows, self._episodes + len(places), tasks, sum(p.length for p in places))
                 writer.write_table(rows, row_group_size=len(rows))
                 self._count_vectors(rows)
-                places.append((self._data_file, len(rows)))
+                of_tasks = vector_stats(rows["task_index"].to_numpy()[:, None])
+                places.append(_Copied(self._data_file, len(rows), of_tasks))
         return places
 
     def _data_writer(self, schema: pa.Schema) -> pq.ParquetWriter:
@@ -172,21 +173,19 @@ class _Merged:
         self._video_files[key] = offset + len(files)
         return offset
 
-    def _write_episodes(self, rows: pa.Table, places: list[tuple[int, int]], video_offsets: dict[str, int]) -> None:
+    def _write_episodes(self, rows: pa.Table, places: list["_Copied"], video_offsets: dict[str, int]) -> None:
         changed = {name: rows[name].to_numpy() for name in ("episode_index", "dataset_from_index", "dataset_to_index")}
-        numbers = [places[index][0] for index in changed["episode_index"]]
+        copied = [places[index] for index in changed["episode_index"]]
         columns = {
             "episode_index": changed["episode_index"] + self._episodes,
             "dataset_from_index": changed["dataset_from_index"] + self._frames,
             "dataset_to_index": changed["dataset_to_index"] + self._frames,
-            **_columns_of("data", numbers),
+            **_columns_of("data", [place.file for place in copied]),
         }
         for key, offset in video_offsets.items():
             chunks, files = (rows[f"videos/{key}/{name}_index"].to_numpy() for name in ("chunk", "file"))
             columns |= _columns_of(f"videos/{key}", (chunks * FILES_PER_CHUNK + files + offset).tolist())
-        columns |= {
-            key: values for key, values in self._index_stats(rows, columns).items() if key in rows.column_names
-        }
+        columns |= {key: values for key, values in self._index_stats(rows, copied).items() if key in rows.column_names}
         for name, values in columns.items():
             place = rows.schema.get_field_index(name)
             rows = rows.set_column(place, rows.schema.field(place), pa.array(values, rows.schema.field(place).type))
@@ -196,8 +195,8 @@ class _Merged:
             self._table = pq.ParquetWriter(path, rows.schema)
         self._table.write_table(rows)
 
-    def _index_stats(self, rows: pa.Table, columns: dict[str, Any]) -> dict[str, list]:
-        """Move the statistics of the columns that were renumbered; their spread stays, but for the tasks' own."""
+    def _index_stats(self, rows: pa.Table, copied: list["_Copied"]) -> dict[str, list]:
+        """Move the statistics of the columns that were renumbered; those of tasks, whose order can change, are new."""
         shifts = {"episode_index": self._episodes, "index": self._frames}
         moved = {}
         for name, shift in shifts.items():
@@ -205,10 +204,8 @@ class _Merged:
                 key = f"stats/{name}/{kind}"
                 if key in rows.column_names:
                     moved[key] = [[value + shift for value in row] for row in rows[key].to_pylist()]
-        tasks = [self._tasks[names[0]] for names in rows["tasks"].to_pylist()]
-        for kind in ("min", "max", "mean", *QUANTILES):
-            moved[f"stats/task_index/{kind}"] = [[float(task)] for task in tasks]
-        return moved
+        tasks = {f"stats/task_index/{kind}": [place.tasks[kind] for place in copied] for kind in copied[0].tasks}
+        return moved | tasks
 
     def _count_vectors(self, rows: pa.Table) -> None:
         for field in rows.schema:
@@ -221,6 +218,16 @@ class _Merged:
         for key, feature in self._info["features"].items():
             if feature["dtype"] in ("image", "video"):
                 self._pictures.setdefault(key, _PictureStats()).add(key, rows)
+
+
+class _Copied(NamedTuple):
+    """One episode's rows in the dataset that grows."""
+
+    file: int
+    """Number of its data file."""
+    length: int
+    tasks: dict[str, list]
+    """Statistics of its `task_index`."""
 
 
 class _PictureStats:
