@@ -46,7 +46,7 @@ ALLOWED = {
 # Of the package itself, for anyone.
 PUBLIC = {"__version__", "register_auto_classes"}
 # Each heavy optional package is imported in exactly one file.
-HEAVY = {"metaworld", "mujoco", "matplotlib", "pynvml", "av", "websockets", "h5py"}
+HEAVY = {"metaworld", "mujoco", "matplotlib", "pynvml", "av", "websockets", "h5py", "torchcodec"}
 
 
 def part_of(path: Path) -> str:

@@ -1,14 +1,26 @@
 import pickle
+from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 
 from hf_vla.data.lerobot_format import open_dataset
 from hf_vla.data.lerobot_writer import LeRobotWriter, image_feature, vector_feature
+from hf_vla.data.video import PyAVReader
 from hf_vla.data.windows import WindowDataset
 
 SIZE, FPS, LENGTHS = 64, 10, (9, 14, 6)
+RATE = 30
+CODECS = {
+    "h264": ("libx264", "yuv420p", {"crf": "18"}),
+    "av1": ("libsvtav1", "yuv420p", {"crf": "30", "preset": "10"}),
+    "mpeg4": ("mpeg4", "yuv420p", {"b": "2000000"}),
+    "h264_444": ("libx264", "yuv444p", {"crf": "18", "bf": "2"}),
+}
+"""Encoder, pixel format and options; `bf` are frames that are stored behind the one that is shown after them."""
 
 
 def grey(episode, frame):
@@ -115,3 +127,33 @@ def test_a_cut_video_names_its_file(info, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset._frames["top"], "_root", tmp_path)
     with pytest.raises(ValueError, match=r"file-000\.mp4: no picture for episode 0"):
         dataset[0]
+
+
+def encode(path: Path, codec: str, places=range(40)) -> Path:
+    """Write a video of noise that drifts, whose frames are shown at these places, in 30ths of a second."""
+    encoder, pixel_format, options = CODECS[codec]
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE // 8, SIZE // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=RATE, options=options)
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, pixel_format
+        stream.codec_context.time_base = Fraction(1, 2 * RATE)
+        stream.codec_context.gop_size = 12
+        for k, place in enumerate(places):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(noise, 3 * k, 1)), format="rgb24")
+            frame.pts, frame.time_base = round(2 * place), Fraction(1, 2 * RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_frames_are_found_however_they_are_encoded(tmp_path, codec):
+    path = encode(tmp_path / "video.mp4", codec)
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    reader = PyAVReader(path, 1 / RATE)
+    for k in [*range(40), *np.random.default_rng(0).permutation(40)]:
+        assert np.array_equal(reader.at(k / RATE), shown[k])
+    for seconds in (-1.0, -0.6 / RATE, 39.6 / RATE, 3.0):
+        with pytest.raises(EOFError, match="none within half a frame"):
+            reader.at(seconds)

@@ -92,8 +92,15 @@ def view_key(recipe: Recipe, dataset: WindowDataset, means: np.ndarray | None, d
         "revision": data.revision,
         "frames": digest_files(digests, dataset.info.root, files),
         "episodes": digest_of([[e.index, e.length, e.first_row] for e in dataset.info.episodes]),
+        **decoder_key(recipe, dataset),
         **copies_key(recipe),
     }
+
+
+def decoder_key(recipe: Recipe, dataset: WindowDataset) -> Key:
+    """Say what decodes videos, where there are any: another decoder may round colours otherwise."""
+    has_videos = any(_videos(episode, dataset) for episode in dataset.info.episodes)
+    return {"video_backend": recipe.data.video_backend} if has_videos else {}
 
 
 def copies_key(recipe: Recipe) -> Key:

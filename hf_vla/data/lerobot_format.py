@@ -70,6 +70,8 @@ class DatasetInfo:
     """Where `meta/` and the rows contradict each other, and what is believed."""
     left_out: tuple[str, ...] = field(default=(), repr=False)
     """What was wrong with each episode that isn't used, where such are to be skipped."""
+    video_backend: str = "pyav"
+    """What decodes its videos: `pyav` or `torchcodec`."""
 
     @property
     def cameras(self) -> tuple[str, ...]:

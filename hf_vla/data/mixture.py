@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -79,6 +80,7 @@ def _build_pair(
 
 def _open(data: Any, source: Any) -> DatasetInfo:
     info = (open_stream if data.streaming else open_dataset)(source.dataset, source.revision, data.on_error)
+    info = replace(info, video_backend=data.video_backend)
     if data.on_error == "skip" and not data.streaming:  # streamed, an episode's faults show when it is read
         info = leave_out_faulty(info)
     if info.left_out:

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import av
 import numpy as np
@@ -40,6 +41,18 @@ def said_rate(path: Path) -> Fraction | None:
         return None
 
 
+def frame_times(path: Path | HubPath) -> np.ndarray:
+    """Give the seconds at which each frame of a video file is shown, in ascending order; none is decoded."""
+    with av.open(_readable(path)) as container:
+        stream = container.streams.video[0]
+        shown = [p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard]
+        return np.sort([float(pts * stream.time_base) for pts in shown])
+
+
+def _readable(path: Path | HubPath) -> str | BinaryIO:
+    return str(path) if isinstance(path, Path) else path.open()
+
+
 class VideoFrames:
     """One camera of a dataset that is stored as video files."""
 
@@ -48,7 +61,8 @@ class VideoFrames:
         self._camera = camera
         self._fps = info.fps
         self._timestamps = _timestamps(info)
-        self._readers: OrderedDict[str, _Reader] = OrderedDict()
+        self._open = _reader_class(info.video_backend)
+        self._readers: OrderedDict[str, Reader] = OrderedDict()
         self._owner = os.getpid()
 
     def read(self, episode: Episode, frame: int) -> np.ndarray:
@@ -72,11 +86,11 @@ class VideoFrames:
         span = episode.videos[self._camera]
         return f"{span.file}\n{span.start + float(self._timestamps[episode.first_row + frame])}\n".encode()
 
-    def _reader(self, file: str) -> "_Reader":
+    def _reader(self, file: str) -> "Reader":
         if self._owner != os.getpid():  # a forked worker can't use its parent's decoder threads
             self._readers, self._owner = OrderedDict(), os.getpid()
         if file not in self._readers:
-            self._readers[file] = _Reader(self._root / file, 1 / self._fps)
+            self._readers[file] = self._open(self._root / file, 1 / self._fps)
         self._readers.move_to_end(file)
         if len(self._readers) > _OPEN_FILES:
             self._readers.popitem(last=False)[1].close()
@@ -86,12 +100,36 @@ class VideoFrames:
         return {**self.__dict__, "_readers": OrderedDict()}
 
 
-class _Reader:
+def _reader_class(backend: str) -> type["Reader"]:
+    """Choose what decodes; it is seen here that it can be loaded, before any frame is asked for."""
+    if backend == "pyav":
+        return PyAVReader
+    from hf_vla.data.video_torchcodec import TorchcodecReader, load_decoder
+
+    load_decoder()
+    return TorchcodecReader
+
+
+class Reader(Protocol):
+    """One open video file."""
+
+    def at(self, seconds: float) -> np.ndarray:
+        """Decode the frame nearest to a time in seconds, as (H, W, 3) uint8 RGB.
+
+        Raises:
+            EOFError: where none lies within half a step of it, or it can't be decoded.
+        """
+
+    def close(self) -> None:
+        """Let go of the file and its decoder."""
+
+
+class PyAVReader:
     """One open video file and the frame that it stands at."""
 
     def __init__(self, path: Path | HubPath, step: float):
         self._step = step
-        self._container = av.open(str(path) if isinstance(path, Path) else path.open())
+        self._container = av.open(_readable(path))
         self._stream = self._container.streams.video[0]
         # One thread: with more, dav1d and h264 hold frames back, which costs 7 ms a random frame instead of 4.
         self._stream.codec_context.thread_count = 1

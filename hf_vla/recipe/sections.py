@@ -178,6 +178,9 @@ class Data:
     on_error: Literal["raise", "skip"] = "raise"
     """What an episode or a sample that can't be read or learned from does: end the run with an error that names it, or be
     left out and counted in `run.json`."""
+    video_backend: Literal["pyav", "torchcodec"] = "pyav"
+    """What decodes videos. torchcodec is an extra that wants FFmpeg's libraries on the machine; it gives the same pictures,
+    and no more of them a second (`benchmarks/results/video_decoders.json`)."""
     picture_cache_bytes: int = 0
     """Decoded pictures that each worker keeps in memory; for sets that are read many times and fit."""
 
