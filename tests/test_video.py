@@ -17,7 +17,7 @@ RATE = 30
 CODECS = {
     "h264": ("libx264", "yuv420p", {"crf": "18"}),
     "av1": ("libsvtav1", "yuv420p", {"crf": "30", "preset": "10"}),
-    "mpeg4": ("mpeg4", "yuv420p", {"b": "2000000"}),
+    "mpeg4": ("mpeg4", "yuv420p", {"b": "2000000", "bf": "2"}),
     "h264_444": ("libx264", "yuv444p", {"crf": "18", "bf": "2"}),
 }
 """Encoder, pixel format and options; `bf` are frames that are stored behind the one that is shown after them."""

@@ -23,6 +23,9 @@ _OPEN_FILES = 8
 _STEP_FRAMES = 4
 """Up to so many frames ahead, decoding on is cheaper than seeking to the keyframe before."""
 
+_OUT_OF_ORDER = 8
+"""Frames that are stored behind a keyframe and shown before it: about as many as an encoder ever has."""
+
 CODECS = {"h264": ("libx264", {"crf": "18"}), "av1": ("libsvtav1", {"crf": "30", "preset": "8"})}
 """Name in a dataset's info, the encoder for it, and how well it keeps the picture."""
 
@@ -151,6 +154,14 @@ class PyAVReader:
         return self._to_rgb.reformat(nearest, format="rgb24", threads=1).to_ndarray()
 
     def _seek(self, seconds: float) -> None:
+        """Stand at a keyframe that is shown no later than a time; the nearest may be, if frames are stored out of order."""
+        place = seconds
+        self._start_at(place)
+        while self._frame is not None and self._frame.time > seconds and place > 0:
+            place -= _OUT_OF_ORDER * self._step
+            self._start_at(max(0.0, place))
+
+    def _start_at(self, seconds: float) -> None:
         self._container.seek(int(seconds / self._stream.time_base), stream=self._stream)
         self._decoded = self._container.decode(self._stream)
         self._frame = next(self._decoded, None)
