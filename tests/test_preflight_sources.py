@@ -155,10 +155,11 @@ def test_packages_are_compared_with_what_is_required_and_tested(monkeypatch, tmp
     assert check.status == "warn" and f"torch {torch.__version__} (tested: ==1.0)" in check.detail
     assert "websockets" not in check.detail  # this recipe doesn't want it
 
-    monkeypatch.setattr(
-        preflight_sources.importlib.metadata, "requires", lambda name: ["torch>=99", 'nope; extra == "sim"']
-    )
+    required = ["torch>=99", 'nope; extra == "sim"', 'nil; extra == "torchcodec"']
+    monkeypatch.setattr(preflight_sources.importlib.metadata, "requires", lambda name: required)
     check = check_versions(tiny_recipe())
     assert check.status == "fail" and "torch>=99 is wanted" in check.detail and "nope" not in check.detail
     check = check_versions(tiny_recipe(evaluation={"simulator": "metaworld"}))
     assert "nope is wanted, none is here" in check.detail and ".[sim]" in check.advice
+    check = check_versions(tiny_recipe(data={"video_backend": "torchcodec"}))
+    assert "nil is wanted, none is here" in check.detail and ".[torchcodec]" in check.advice

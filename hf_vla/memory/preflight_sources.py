@@ -203,9 +203,12 @@ def check_versions(recipe: Recipe) -> Check:
 def needed_extras(recipe: Recipe) -> list[str]:
     """Name the optional sets of packages that a recipe wants."""
     optimizer = str(recipe.training.get("optim", ""))
-    wants_quant = recipe.model.quantization != "none" or "8bit" in optimizer or "bnb" in optimizer
-    wants_sim = recipe.evaluation.simulator != "none"
-    return [name for name, is_wanted in (("quant", wants_quant), ("sim", wants_sim)) if is_wanted]
+    wanted = {
+        "quant": recipe.model.quantization != "none" or "8bit" in optimizer or "bnb" in optimizer,
+        "sim": recipe.evaluation.simulator != "none",
+        "torchcodec": recipe.data.video_backend == "torchcodec",
+    }
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def _pins() -> list[Requirement]:
