@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ def stack(samples: list[Sample]) -> dict[str, torch.Tensor]:
 def open_data(dataset: str, given: dict) -> WindowDataset | StreamedDataset:
     """Open a dataset map-style or streamed, its views as LeRobot is given them."""
     info = open_stream(dataset) if given["streaming"] else open_dataset(dataset)
+    info = replace(info, video_backend=given.get("video_backend", info.video_backend))
     offsets = [-given["past"], 0] if given["past"] else [0]
     views = [View(camera, offset) for camera in info.cameras for offset in offsets]
     kind = StreamedDataset if given["streaming"] else WindowDataset
