@@ -185,10 +185,11 @@ class VLATrainer(ResumableTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model):
-        """Clip what trains, without walking through all modules for it: there are thousands, and it is done every step."""
+        """Clip what trains, without walking through all modules or looking for shards, which there are none of here."""
         if self.is_sharded:
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Count none: Trainer's estimate takes a sample's state for its tokens, and walks through all modules each time."""
