@@ -13,7 +13,7 @@ def write_result(name: str, results: dict[str, Any], folder: Path = RESULTS) -> 
     """Write a benchmark's results behind its command, machine, versions, commit and date, and return the file."""
     facts = run.describe_process()
     header = {
-        "command": " ".join([f"python -m benchmarks.{name}", *map(_without_folder, sys.argv[1:])]),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *map(_without_folder, sys.argv[1:])]),
         "date": facts["started"][:10],
         "commit": facts["commit"],
         "machine": facts["machine"],

@@ -21,7 +21,7 @@ from hf_vla.memory.encode_ahead import EncodeAhead
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
-from hf_vla.memory.monitor import MemoryMonitor
+from hf_vla.memory.monitor import MemoryMonitor, log_values
 from hf_vla.memory.update import guard_update
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
@@ -79,7 +79,7 @@ class VLATrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, and what the monitor read of this step."""
-        watched = self.monitor.latest if self.monitor and "loss" in logs else {}
+        watched = log_values(self.monitor.reading) if self.monitor and "loss" in logs else {}
         super().log({**logs, **watched}, start_time)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -186,10 +186,11 @@ class VLATrainer(ResumableTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model):
-        """Clip what trains, without walking through all modules for it: there are thousands, and it is done every step."""
+        """Clip what trains, without walking through all modules or looking for shards, which there are none of here."""
         if self.is_sharded:
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Count none: Trainer's estimate takes a sample's state for its tokens, and walks through all modules each time."""

@@ -14,6 +14,7 @@ def test_every_part_runs_at_a_thousandth_of_its_size_and_writes_its_file(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True)
     written = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(written) == set(PARTS), done.stdout
+    assert all(result["command"].startswith("python -m benchmarks.gpu_suite --part") for result in written.values())
     assert all(result["ran_uncut"] for result in written.values() if "ran_uncut" in result)
 
 

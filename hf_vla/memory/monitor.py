@@ -61,13 +61,17 @@ class MemoryMonitor(TrainerCallback):
         self.plan = {"planned_peak": planned_peak, "budget": budget}
         self.highest_peak: int | None = None
         """Most bytes of tensors at any step; None where there is no GPU."""
-        self.latest: dict[str, float] = {}
-        """What a person follows, of the last step; VLATrainer logs it beside the loss."""
+        self.reading = Reading()
+        """Of the last step."""
         self.troubles: set[str] = set()
         """Kinds of trouble that have been told and last."""
         self.held_by_others: int | None = None
         """What the GPU held beside this process's tensors after the first step: the driver, libraries, other users."""
         self.is_recording = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Make the directory, where the run hasn't yet."""
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the step's peaks from what is held now."""
@@ -76,11 +80,10 @@ class MemoryMonitor(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Read, write and judge what the step took."""
-        reading = read_memory()
+        self.reading = reading = read_memory()
         self._write(state.global_step, args.process_index, reading)
         for kind, trouble in (("near_budget", self._near_budget(reading)), ("memory_taken", self._taken(reading))):
             self._tell_once(state, kind, trouble)
-        self.latest = log_values(reading)
         if reading.allocated_peak is not None:
             self.highest_peak = max(self.highest_peak or 0, reading.allocated_peak)
         if state.is_world_process_zero:
@@ -93,11 +96,10 @@ class MemoryMonitor(TrainerCallback):
 
     def _write(self, step: int, rank: int, reading: Reading) -> None:
         name = FILE if rank == 0 else f"memory.rank{rank}.jsonl"
-        values = reading._asdict()
-        line = {"step": step, **{key: values[key] for key in Reading._fields[:4]}, **self.plan}
-        self.directory.mkdir(parents=True, exist_ok=True)
+        values = dict(zip(Reading._fields[:4], reading[:4], strict=True))
+        line = {"step": step, **values, **self.plan, "host_rss": reading.host_rss}
         with (self.directory / name).open("a") as file:
-            file.write(json.dumps({**line, "host_rss": reading.host_rss}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def _near_budget(self, reading: Reading) -> str | None:
         budget, peak = self.plan["budget"], reading.reserved_peak

@@ -1,19 +1,17 @@
 """The optimizer's update where memory runs out in it: run again if nothing has moved yet; otherwise the run stops.
 
 Gradients are whole by then, and averaged, so an update can begin anew as long as no weight and no state has changed. Whether
-one has is seen from what changes with every update before the weight does: the versions of tensors, and counts of steps.
+one has is seen from what grows with every update before the weight moves: the versions of tensors, and counts of steps.
 """
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_vla.memory.microbatch import Tell, free_cache
-
-Marks = dict[nn.Parameter, dict[str, Any]]
 
 
 def guard_update(optimizer: torch.optim.Optimizer, tell: Tell, stop: Callable[[str], NoReturn]) -> None:
@@ -27,11 +25,11 @@ def guard_update(optimizer: torch.optim.Optimizer, tell: Tell, stop: Callable[[s
     update = optimizer.step
 
     def step(_, *args, **kwargs):
-        before = marks(optimizer)
+        known, changes = len(optimizer.state), count_changes(optimizer)
         if _fits(update, *args, **kwargs):
             return
-        if not _has_changed(before, marks(optimizer)):
-            _forget_new_states(optimizer, before)
+        if count_changes(optimizer) == changes:
+            _forget_new_states(optimizer, known)
             free_cache()
             tell(
                 "out_of_memory",
@@ -46,18 +44,18 @@ def guard_update(optimizer: torch.optim.Optimizer, tell: Tell, stop: Callable[[s
     optimizer.step = MethodType(step, optimizer)  # a method: schedulers look for the function in it
 
 
-def marks(optimizer: torch.optim.Optimizer) -> Marks:
-    """Give, for each trained parameter, what an update changes: its version and those of its states, its count of steps."""
-    found: Marks = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            states = {name: _mark(value) for name, value in optimizer.state.get(parameter, {}).items()}
-            found[parameter] = {"weight": parameter._version, **states}
-    return found
+def count_changes(optimizer: torch.optim.Optimizer) -> int:
+    """Count what every update adds to: the versions of weights and of their states, and counts of steps.
 
-
-def _mark(value: Any) -> Any:
-    return value._version if isinstance(value, Tensor) else value
+    A state that is new counts from 0. One sum of what never shrinks, since it is taken before every update.
+    """
+    changes = sum(weight._version for group in optimizer.param_groups for weight in group["params"])
+    for value in (value for states in optimizer.state.values() for value in states.values()):
+        if isinstance(value, Tensor):
+            changes += value._version
+        elif isinstance(value, int):
+            changes += value
+    return changes
 
 
 def _fits(update: Callable, *args, **kwargs) -> bool:
@@ -68,13 +66,7 @@ def _fits(update: Callable, *args, **kwargs) -> bool:
     return True
 
 
-def _has_changed(before: Marks, after: Marks) -> bool:
-    """Whether an update has begun; a state that is new counts from 0, since fused kernels give weights no new version."""
-    return any(before[p].get(name, 0) != mark for p in after for name, mark in after[p].items())
-
-
-def _forget_new_states(optimizer: torch.optim.Optimizer, before: Marks) -> None:
+def _forget_new_states(optimizer: torch.optim.Optimizer, known: int) -> None:
     """Drop states that came into being, perhaps by half: optimizers make them whole only where there are none."""
-    for parameter, known in before.items():
-        if len(known) == 1:
-            optimizer.state.pop(parameter, None)
+    for parameter in list(optimizer.state)[known:]:
+        del optimizer.state[parameter]
