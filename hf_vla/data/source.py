@@ -33,6 +33,11 @@ class HubPath(NamedTuple):
         return HfFileSystem().open(self.location, mode)  # one a process and thread, which fsspec sees to
 
 
+def readable(file: Path | HubPath) -> str | BinaryIO:
+    """Give what libraries read from: a local file's name, which they open and close themselves, or the Hub's file, open."""
+    return str(file) if isinstance(file, Path) else file.open()
+
+
 def list_files(root: Path | HubPath) -> set[str]:
     """Name the files of a dataset's `data/` and `videos/`, relative to its root."""
     if isinstance(root, HubPath):

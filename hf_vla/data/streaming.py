@@ -39,7 +39,7 @@ from hf_vla.data.lerobot_format import (
 from hf_vla.data.lerobot_meta import DescribedEpisode, read_meta
 from hf_vla.data.order import Part
 from hf_vla.data.running_stats import RunningStats
-from hf_vla.data.source import HubPath, find_stream, list_files
+from hf_vla.data.source import HubPath, find_stream, list_files, readable
 from hf_vla.data.windows import ViewLike, Window, WindowDataset, check_view, choose_episodes
 from hf_vla.sample import ACTION, STATE, Sample
 
@@ -152,7 +152,7 @@ class _Shard:
 
     def __init__(self, root: Path | HubPath, file: str):
         self._path = root / file
-        self.reader = pq.ParquetFile(self._path.open("rb"))
+        self.reader = pq.ParquetFile(readable(self._path))
         self.names = self.reader.schema_arrow.names
         sizes = [self.reader.metadata.row_group(k).num_rows for k in range(self.reader.num_row_groups)]
         self._ends = np.cumsum(sizes)

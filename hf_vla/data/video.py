@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import av
 import numpy as np
@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 
 from hf_vla.data import columns
 from hf_vla.data.lerobot_format import DatasetInfo, Episode
-from hf_vla.data.source import HubPath
+from hf_vla.data.source import HubPath, readable
 
 _OPEN_FILES = 8
 """Decoders kept open by one camera of one process; each holds a few MB."""
@@ -46,14 +46,10 @@ def said_rate(path: Path) -> Fraction | None:
 
 def frame_times(path: Path | HubPath) -> np.ndarray:
     """Give the seconds at which each frame of a video file is shown, in ascending order; none is decoded."""
-    with av.open(_readable(path)) as container:
+    with av.open(readable(path)) as container:
         stream = container.streams.video[0]
         shown = [p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard]
         return np.sort([float(pts * stream.time_base) for pts in shown])
-
-
-def _readable(path: Path | HubPath) -> str | BinaryIO:
-    return str(path) if isinstance(path, Path) else path.open()
 
 
 class VideoFrames:
@@ -132,7 +128,7 @@ class PyAVReader:
 
     def __init__(self, path: Path | HubPath, step: float):
         self._step = step
-        self._container = av.open(_readable(path))
+        self._container = av.open(readable(path))
         self._stream = self._container.streams.video[0]
         # One thread: with more, dav1d and h264 hold frames back, which costs 7 ms a random frame instead of 4.
         self._stream.codec_context.thread_count = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_vla.data.source import HubPath
+from hf_vla.data.source import HubPath, readable
 from hf_vla.data.video import frame_times
 
 _TIME_TOLERANCE = 1e-4
@@ -34,9 +34,7 @@ class TorchcodecReader:
         self._step, self._times = step, frame_times(path)
         try:
             # One thread, as PyAV has; its scan of the whole file is what makes frame k the k-th that is shown.
-            self._decoder = decoder(
-                str(path) if isinstance(path, Path) else path.open(), dimension_order="NHWC", num_ffmpeg_threads=1
-            )
+            self._decoder = decoder(readable(path), dimension_order="NHWC", num_ffmpeg_threads=1)
         except RuntimeError as error:
             raise EOFError(f"torchcodec can't open it: {_first_line(error)}") from None
 
