@@ -97,9 +97,7 @@ class Rehearsal:
                     parameter.register_post_accumulate_grad_hook(self._label_gradient(component))
 
     def _label_gradient(self, component: str) -> Callable[[nn.Parameter], None]:
-        tracker = (
-            self._tracker
-        )  # held by the hook in place of self, whose model would hold the hook: no collector sees that
+        tracker = self._tracker  # not self: the hook would hold the model that holds it, and no collector sees that
         return lambda parameter: tracker.label([parameter.grad], component, "gradients")
 
     def _label_states(self) -> None:
