@@ -182,9 +182,7 @@ def run_in_processes(
         on_job: called in order with a job's index and results, for a progress bar.
     """
     results = []
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a forked child would inherit torch's locks and the graphics context
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's locks and the graphics
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for index, episodes in enumerate(pool.map(_run_job, jobs)):
             results.append(episodes)
