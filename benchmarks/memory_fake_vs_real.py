@@ -184,16 +184,20 @@ def give_back() -> None:
 
 
 def cpu_workspace(func, args: tuple) -> int:
-    """Give what a CPU kernel takes beside its results, where that is much.
-
-    bitsandbytes updates 8-bit states on a CPU in five float32 copies of the parameter, of which a GPU's kernel makes none:
-    both moments, the gradient, the root of the second and the denominator (backends/cpu/ops.py).
-    A 16-bit parameter's own copy is a sixth.
-    """
-    if str(func._overloadpacket) != "bitsandbytes.optimizer_update_8bit_blockwise":
+    """Give what a CPU kernel takes beside its results, where that is much; a GPU's kernels make no such copies."""
+    copies = _COPIES.get(str(func._overloadpacket))
+    if copies is None:
         return 0
     parameter = args[2]
-    return (5 if parameter.dtype == torch.float32 else 6) * 4 * parameter.numel()
+    return (copies if parameter.dtype == torch.float32 else copies + 1) * 4 * parameter.numel()
+
+
+_COPIES = {"bitsandbytes.optimizer_update_8bit_blockwise": 5, "bitsandbytes.optimizer_update_32bit": 3}
+"""Float32 copies of a float32 parameter that bitsandbytes' updates make on a CPU (backends/cpu/ops.py).
+
+In 8 bits: both moments, the gradient, the root of the second and the denominator; in 32 the last three. Of a 16-bit parameter,
+also that itself.
+"""
 
 
 def run_cpu_case(name: str) -> dict:
