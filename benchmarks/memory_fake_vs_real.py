@@ -195,8 +195,8 @@ def cpu_workspace(func, args: tuple) -> int:
 _COPIES = {"bitsandbytes.optimizer_update_8bit_blockwise": 5, "bitsandbytes.optimizer_update_32bit": 3}
 """Float32 copies of a float32 parameter that bitsandbytes' updates make on a CPU (backends/cpu/ops.py).
 
-In 8 bits: both moments, the gradient, the root of the second and the denominator; in 32 the last three. Of a 16-bit parameter,
-also that itself.
+In 8 bits: both moments, the gradient, the root of the second and the denominator; in 32 the last three. Of a 16-bit
+parameter, also that itself.
 """
 
 
