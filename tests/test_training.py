@@ -140,6 +140,7 @@ def lora_run(tmp_path_factory):
         "model.fusion.hidden_size": 32,
         "model.head.hidden_size": 32,
         "memory.budget": "null",
+        "training.use_cpu": "true",
         "training.max_steps": 2,
         "training.save_steps": 2,
     }

@@ -168,6 +168,9 @@ def check_precision(recipe: Recipe, gpus: Sequence[VisibleGPU]) -> Check:
     if training.get("fp16") and not gpus:
         advice = "Set training.fp16 false; training.bf16 works on a CPU."
         return Check("fail", title, "fp16, which a CPU doesn't train in: it would go on in float32 unsaid", advice)
+    if training.get("bf16") and not gpus and not training.get("use_cpu"):
+        advice = "Set training.use_cpu true to train on the CPU."
+        return Check("fail", title, "bf16 without a GPU, which Trainer refuses unless it is to use the CPU", advice)
     if training.get("bf16") and old:
         advice = "Set training.bf16 false and training.fp16 true."
         return Check("fail", title, f"bf16, which {old[0]} has not (it came with compute capability 8.0)", advice)
