@@ -68,9 +68,7 @@ def test_the_loss_is_logged_without_looking_at_it_every_step(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # dynamo looks at its inputs' own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_parts_train_as_eager_ones_do(tmp_path):
     losses = []
     for parts in ([], ["vggt", "fusion", "head"]):
