@@ -144,8 +144,7 @@ def offline_report(
         `names` of the dimensions; `policy`, `mean_action`, `hold_still` and `nearest_state`, each with `mae` and `rmse` of
         every dimension, their means, `mean_scaled_mae` (of each dimension's over its training std) and `gripper_accuracy`
         (None where no dimension is a gripper); `hold_still_at_state`, the dimensions that command a position; `windows`
-        and `episodes` measured on, the windows `left_out`, and the episodes that the baselines
-        don't know, `train_left_out`.
+        and `episodes` measured on, the windows `left_out`, and `train_left_out`, the episodes that the baselines don't know.
 
     Raises:
         ValueError: where nothing is held out or can be read, or the policy predicts chunks of another shape.
