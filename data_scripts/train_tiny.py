@@ -11,6 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+from hf_vla.console import set_up_logging
+
+if __name__ == "__main__":
+    set_up_logging()  # before the libraries imported below say a word
+
 from hf_vla.evaluation import evaluate_offline, evaluate_rollouts
 from hf_vla.report import write_report
 from hf_vla.rollout.metaworld_env import graphics_problem
