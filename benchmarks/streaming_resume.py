@@ -1,11 +1,12 @@
-"""Does a shuffled stream go on where it stopped: the stream of `datasets`, and ours?
+"""Does a shuffled stream go on where it stopped: that of `datasets`, ours, and ours as an IterableDataset of `datasets`?
 
     OMP_NUM_THREADS=1 python -m benchmarks.streaming_resume
 
-Both go through one dataset of many parquet files, sample by sample in this process: `datasets` by `streaming=True`,
-`shuffle` and the state that its documentation has one keep; ours by the loader of training with `data.streaming`. Each is
-stopped after k samples, its state goes through JSON, and what is opened anew goes on from it to the epoch's end. The clock
-runs from before anything is opened until the first sample is there.
+All go through one dataset of many parquet files, sample by sample in this process: `datasets` by `streaming=True`,
+`shuffle` and the state that its documentation has one keep; ours by the loader of training with `data.streaming`, and by
+`iterable_dataset` with the state that `datasets` keeps. Each is stopped after k samples, its state goes through JSON, and
+what is opened anew goes on from it to the epoch's end. The clock runs from before anything is opened until the first sample
+is there.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from accelerate import skip_first_batches
 from datasets import load_dataset
 
 from benchmarks.result import RESULTS, write_result
+from hf_vla.data.iterable import iterable_dataset
 from hf_vla.data.lerobot_merge import merge_datasets
 from hf_vla.data.loader import RankBatches, build_loader
 from hf_vla.data.mixture import CameraView, order_of
@@ -53,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = write_dataset(Path(name), options.times)
-        streams = {"datasets": stream_of_datasets, "ours": our_stream}
+        streams = {"datasets": stream_of_datasets, "ours": our_stream, "ours_as_iterable": our_iterable}
         ways = {way: try_stops(functools.partial(stream, root)) for way, stream in streams.items()}
         facts = {"files": len(files(root)), **json.loads((root / "meta/info.json").read_text())}
     dataset = {name: facts[name] for name in ("total_episodes", "total_frames", "files")}
@@ -95,6 +97,17 @@ def our_stream(root: Path, state: Any = None) -> Stream:
     loader = skip_first_batches(build_loader(data, batches, collate), begun)
     for done, batch in enumerate(loader, position + 1):
         yield batch["place"], lambda done=done: (done, lanes)
+
+
+def our_iterable(root: Path, state: Any = None) -> Stream:
+    """Go through our stream as `datasets` has streams, from a state of it on."""
+    info = open_stream(root)
+    data = StreamedDataset(info, [CameraView(camera) for camera in info.cameras], chunk_size=16)
+    stream = iterable_dataset(data, order_of(data, SEED))
+    if state is not None:
+        stream.load_state_dict(state)
+    for row in stream:
+        yield (row["episode_index"], row["frame_index"]), stream.state_dict
 
 
 def collate(samples: list[Sample]) -> dict[str, Place]:
