@@ -12,7 +12,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -78,7 +77,6 @@ class Tally:
 
 def attempt(task: str, seed: int, settings: Settings) -> Attempt:
     """Let the expert try from the start position of `seed`; runs in a worker."""
-    warnings.filterwarnings("ignore", message="Constant")  # the experts warn that what they ask for is clipped
     env = _kept_env(task, settings)
     noise = _noise(seed, settings)
     env.reset(seed)

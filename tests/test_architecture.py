@@ -32,7 +32,7 @@ ALLOWED = {
     "progress": {"data", "run"},
     "resumable": {"data", "progress", "saving"},
     "trainer": {"recipe", "model", "checkpoint", "memory", "assemble", "lora", "run", "resumable"},
-    "rollout": {"sample", "data"},
+    "rollout": {"console", "sample", "data"},
     "memory": {
         "console",
         "caching",

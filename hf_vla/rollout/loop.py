@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_vla.console import set_up_logging
 from hf_vla.sample import IMAGES
 
 THUMBNAIL_SIDE = 96
@@ -183,12 +184,17 @@ def run_in_processes(
     """
     results = []
     context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's locks and the graphics
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
         for index, episodes in enumerate(pool.map(_run_job, jobs)):
             results.append(episodes)
             if on_job is not None:
                 on_job(index, episodes)
     return results
+
+
+def _begin_worker() -> None:
+    set_up_logging()
+    torch.set_num_threads(1)
 
 
 def _run_job(job: Job) -> list[EpisodeResult]:
