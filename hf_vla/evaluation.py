@@ -21,6 +21,7 @@ from hf_vla.data.mixture import build_datasets
 from hf_vla.geometry import write_geometry
 from hf_vla.policy import Policy
 from hf_vla.recipe import Recipe, load_recipe
+from hf_vla.rollout.baselines import BASELINES
 from hf_vla.rollout.loop import (
     EpisodeResult,
     ExpertPolicy,
@@ -35,6 +36,13 @@ from hf_vla.rollout.metrics import offline_report, read_windows, wilson_interval
 from hf_vla.sample import Sample
 
 POLICY, BLIND, SWAPPED, RANDOM, EXPERT = "policy", "without_pictures", "swapped_instruction", "random", "expert"
+SAID = {
+    POLICY: "the policy",
+    BLIND: "without its pictures",
+    SWAPPED: "told another task, and doing that",
+    RANDOM: "at random",
+    EXPERT: "the expert",
+}
 TURNED = 0.5
 """Angle in rad from which a faucet counts as turned, the way that its sign says."""
 
@@ -54,11 +62,17 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     if isinstance(eval_data, MixedDataset):
         offline["by_dataset"] = report_each(report, eval_data, train_data)
     run.update_info(directory, {"offline": offline})
+    logger.info("Mean error of actions on held-out episodes: %s.", describe_errors(offline))
     shown = first_episode(eval_data, recipe.data.on_error)
     run.write_json(directory / "episode.json", compare_episode(policy, shown, eval_data.info))
     if recipe.model.outputs == "geometry":
         write_geometry(directory, recipe.model.vggt, policy.model.model.vggt, policy.processor, shown[0])
     return offline
+
+
+def describe_errors(offline: dict[str, Any]) -> str:
+    """Say the policy's mean error and those of the baselines, in the actions' own units."""
+    return ", ".join(f"{name} {offline[name]['mean_mae']:.3g}" for name in ("policy", *BASELINES))
 
 
 def report_each(report: Callable, eval_data: MixedDataset, train_data: MixedDataset) -> dict[str, Any]:
@@ -106,7 +120,9 @@ def evaluate_rollouts(directory: Path, workers: int = 2) -> dict[str, Any] | Non
     results = {}
     for condition in (POLICY, BLIND, SWAPPED, RANDOM, EXPERT):
         episodes = roll_out(condition, directory, recipe, workers)
-        results["rollouts" if condition == POLICY else f"rollouts_{condition}"] = count(condition, episodes)
+        counts = count(condition, episodes)
+        results["rollouts" if condition == POLICY else f"rollouts_{condition}"] = counts
+        logger.info("Rolled out, %s: %s.", SAID[condition], describe_counts(counts))
         save_sheets(directory / "rollouts" / condition, episodes)
     run.update_info(directory, results)
     return results
@@ -172,6 +188,12 @@ def count(condition: str, episodes: dict[str, list[EpisodeResult]]) -> dict[str,
             table[task]["final_measures"] = [round(result.measure, 4) for result in results]
     table["mean_success"] = float(np.mean([row["successes"] / row["episodes"] for row in table.values()]))
     return table
+
+
+def describe_counts(counts: dict[str, Any]) -> str:
+    """Say how often each task succeeded."""
+    tasks = {task: row for task, row in counts.items() if task != "mean_success"}
+    return ", ".join(f"{task} {row['successes']}/{row['episodes']}" for task, row in tasks.items()) or "no task"
 
 
 def _turned_the_other_way(task: str, result: EpisodeResult) -> bool:

@@ -57,11 +57,14 @@ def test_what_it_needs_is_said(relative):
         tiny_recipe(data={"action_form": "relative"}, model={"head": {"type": "discrete"}})
 
 
-def test_a_trained_policy_acts_from_where_the_robot_is(tmp_path):
+def test_a_trained_policy_acts_from_where_the_robot_is(tmp_path, caplog):
     run = train(tiny_recipe(data={"action_form": "relative"}), tmp_path / "run")
     policy, seen = Policy.from_pretrained(run / "model"), observation()
     policy.model.head.sample = lambda context, generator=None: torch.zeros(len(context), 4, 4)
     chunk = policy.predict_action_chunk(seen)
     np.testing.assert_allclose(chunk, np.tile(seen["observation.state"], (4, 1)), atol=1e-5)
-    assert evaluate_offline(run)["windows"] > 0
+    with caplog.at_level("INFO"):
+        offline = evaluate_offline(run)
+    assert offline["windows"] > 0
+    assert f"nearest_state {offline['nearest_state']['mean_mae']:.3g}" in caplog.text
     assert "unnormalize_actions(predicted, state=state[None])" in model_card(run, run / "model", "me/it")
