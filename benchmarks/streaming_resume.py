@@ -22,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from accelerate import skip_first_batches
 from datasets import load_dataset
 
 from benchmarks.result import RESULTS, write_result
@@ -93,9 +92,8 @@ def our_stream(root: Path, state: Any = None) -> Stream:
     data = StreamedDataset(info, [CameraView(camera) for camera in info.cameras], chunk_size=16)
     batches = RankBatches(order_of(data, SEED), batch_size=1)
     position, lanes = state or (0, batches.own_lanes)
-    begun = batches.seek(0, position, Lanes(*lanes))
-    loader = skip_first_batches(build_loader(data, batches, collate), begun)
-    for done, batch in enumerate(loader, position + 1):
+    batches.seek(0, position, Lanes(*lanes))
+    for done, batch in enumerate(build_loader(data, batches, collate), position + 1):
         yield batch["place"], lambda done=done: (done, lanes)
 
 

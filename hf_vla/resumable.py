@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
         """What the checkpoint said, in a run that goes on."""
         self.skipped = 0
         """Samples of all ranks that couldn't be read."""
-        self._batches_done = 0
+        self._batches_done = self._steps_in_epoch = 0
         self._epoch_is_over = False
         self._step_start = (0, torch.zeros(()))
         self.add_callback(_Bookmark(self))
@@ -161,16 +161,32 @@ class ResumableTrainer(Trainer):
         numbers = np.random.SeedSequence([self.args.seed, self.args.process_index, step])
         set_seed(int(numbers.generate_state(1)[0]))
 
-    def _run_epoch(self, *, epoch, epochs_trained, steps_trained_in_current_epoch, **others):
-        """Run one epoch, and count its batches."""
-        self._batches_done = steps_trained_in_current_epoch if epoch == epochs_trained else 0
-        self._epoch_is_over = False
+    def _run_epoch(
+        self,
+        *,
+        epoch,
+        epochs_trained,
+        steps_in_epoch,
+        num_update_steps_per_epoch,
+        steps_trained_in_current_epoch,
+        **others,
+    ):
+        """Run what is left of an epoch: to Trainer a whole, shorter one, since its loader stands where that begins."""
+        begun = steps_trained_in_current_epoch if epoch == epochs_trained else 0
+        self._batches_done, self._steps_in_epoch, self._epoch_is_over = begun, steps_in_epoch, False
+        skipped = begun if begun < steps_in_epoch else 0  # an epoch of no steps would end the training
         super()._run_epoch(
             epoch=epoch,
             epochs_trained=epochs_trained,
-            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+            steps_in_epoch=steps_in_epoch - skipped,
+            num_update_steps_per_epoch=num_update_steps_per_epoch - skipped // self._accumulation,
+            steps_trained_in_current_epoch=begun - skipped,
             **others,
         )
+
+    def end_step(self) -> None:
+        """Say how far the training is by the whole epoch's steps."""
+        self.state.epoch = self.batches.epoch + self._batches_done / self._steps_in_epoch
 
     def end_epoch(self) -> None:
         """Note that an epoch's steps are done: what is saved from now on goes on with the next."""
@@ -255,13 +271,16 @@ class ResumableTrainer(Trainer):
 
 
 class _Bookmark(TrainerCallback):
-    """Tells the trainer of the two moments that it has no method for."""
+    """Tells the trainer of the moments that it has no method for."""
 
     def __init__(self, trainer: ResumableTrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.take_up()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer.end_step()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._trainer.end_epoch()

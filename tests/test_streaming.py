@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import IterableDataset
 from lerobot_faults import break_actions, break_parquet, break_tasks, remove_parquet, shorten
 from lerobot_folders import LENGTHS, write_v2, write_v3
 
@@ -97,6 +98,34 @@ def test_workers_read_it_and_it_can_be_pickled(root):
     )
     seen = [place for batch in loader for place in batch["at"]]
     assert sorted(seen) == [(e, f) for e, length in enumerate(LENGTHS) for f in range(length)]
+
+
+def where(samples: list[Sample]) -> dict:
+    return {"at": [(s.episode_index, s.frame_index) for s in samples], "process": os.getpid()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_reads_it_as_a_stream_of_datasets_in_our_order_from_any_place(root, workers):
+    streamed = StreamedDataset(open_stream(root), PAIR, 4, kept_episodes=2)
+    batches = RankBatches(order_of(streamed, 0), 4, workers=workers)
+    loader = build_loader(streamed, batches, where, workers)
+    assert isinstance(loader.dataset, IterableDataset)
+    epochs = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+        wanted = [[streamed.locate(turn.index) for turn in batch] for batch in batches]
+        assert [batch["at"] for batch in epochs[-1]] == [[(e.index, f) for e, f in batch] for batch in wanted]
+    assert len(epochs[0]) == len(loader) and epochs[0] != epochs[1]
+    assert len({batch["process"] for batches in epochs for batch in batches}) == max(1, workers)  # they are kept
+
+    sought = RankBatches(order_of(streamed, 0), 4, workers=workers)
+    assert sought.seek(1, 2 * 4, batches.lanes) == 2
+    loader = build_loader(streamed, sought, where, workers)
+    rest = [epochs[1][2:], epochs[2]]
+    for epoch, batches_left in zip((1, 2), rest, strict=True):
+        loader.set_epoch(epoch)
+        assert [batch["at"] for batch in loader] == [batch["at"] for batch in batches_left]
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,19 @@
 """The training loader: a dataset's samples in the order of `order.py`, dealt to ranks and workers, from any position on.
 
+A streamed dataset is read through `datasets`: its IterableDataset hands workers their shards, and where it stands is known
+here, so that neither accelerate nor a buffer of its own deals anything out again.
+
 Letters: N samples of an epoch, B of a batch, R ranks, W workers.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_vla.data.order import Lanes, Order
@@ -48,15 +53,26 @@ class RankBatches(Sampler[list[Turn]]):
     def __init__(self, order: Order, batch_size: int, rank: int = 0, ranks: int = 1, workers: int = 0):
         self.order, self.batch_size = order, batch_size
         self.rank, self.ranks = rank, ranks
-        is_windowed = any(part.window is not None for part in order.parts)
-        self.own_lanes = Lanes(ranks * max(1, workers), batch_size) if is_windowed else Lanes()
+        self.readers = max(1, workers)
+        self.is_streamed = any(part.window is not None for part in order.parts)
+        self.own_lanes = Lanes(ranks * self.readers, batch_size) if self.is_streamed else Lanes()
         self.epoch = self.position = self._begun = 0
         self.lanes = self.own_lanes
+        self._told_epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of an epoch, unless a position in it was sought."""
+        self._told_epoch.fill_(epoch)
         if epoch != self.epoch:
             self.epoch, self.position, self.lanes, self._begun = epoch, 0, self.own_lanes, 0
+
+    def of_reader(self, reader: int) -> Iterator[list[Turn]]:
+        """Give what one of the workers reads: every W-th batch.
+
+        A worker that is kept over epochs has a copy of this, and learns of the next epoch by the memory that they share.
+        """
+        self.set_epoch(int(self._told_epoch))
+        return islice(self, reader, None, self.readers)
 
     def seek(self, epoch: int, position: int, lanes: Lanes, accumulation: int = 1) -> int:
         """Stand where a run stood, also if that had other ranks, workers or batches.
@@ -68,9 +84,10 @@ class RankBatches(Sampler[list[Turn]]):
             accumulation: batches of an optimizer step.
 
         Returns:
-            The batches of this epoch that count as done, a multiple of `accumulation`; iterating yields them as empty lists,
-            to be skipped. What remains stands at the epoch's end, so that no optimizer step lacks samples that count.
+            The batches of this epoch that count as done, a multiple of `accumulation`; iterating begins behind them. What
+            remains stands at the epoch's end, so that no optimizer step lacks samples that count.
         """
+        self._told_epoch.fill_(epoch)
         self.epoch, self.position, self.lanes = epoch, position, lanes
         self._begun = (len(self) - self._remaining()) // accumulation * accumulation
         return self._begun
@@ -86,8 +103,6 @@ class RankBatches(Sampler[list[Turn]]):
     def __iter__(self) -> Iterator[list[Turn]]:
         sequence = self.order.sequence(self.epoch, self.lanes)[self.position :]
         fill = len(self) - self._begun - self._remaining()
-        for _ in range(self._begun):
-            yield []
         for _ in range(fill):
             yield [self._padding()]
         for start in range(
@@ -178,10 +193,14 @@ def build_loader(
         on_error: `raise` or `skip`, see `DrawnSamples`.
         options: further arguments of `torch.utils.data.DataLoader`.
     """
+    samples, collate = DrawnSamples(dataset, on_error), collate_drawn(collate)
+    source = {"dataset": samples, "batch_sampler": batches, "collate_fn": collate}
+    if batches.is_streamed:
+        rows = stream_of_batches(samples, batches)
+        source = {"dataset": rows, "batch_size": None, "collate_fn": functools.partial(_collate_row, collate)}
     return EpochLoader(
-        DrawnSamples(dataset, on_error),
-        batch_sampler=batches,
-        collate_fn=collate_drawn(collate),
+        batches,
+        **source,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -193,9 +212,34 @@ def build_loader(
 class EpochLoader(DataLoader):
     """A DataLoader whose epochs are told apart, as Trainer does where a loader has `set_epoch`."""
 
+    def __init__(self, batches: RankBatches, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through."""
-        self.batch_sampler.set_epoch(epoch)
+        self.batches.set_epoch(epoch)
+
+
+def stream_of_batches(samples: DrawnSamples, batches: RankBatches) -> IterableDataset:
+    """Give what a rank reads as a stream of `datasets`: a row is what a batch is made of, a shard what a worker reads."""
+    readers = list(range(batches.readers))
+    return IterableDataset.from_generator(
+        _rows, gen_kwargs={"samples": samples, "batches": batches, "readers": readers}
+    )
+
+
+def _rows(samples: DrawnSamples, batches: RankBatches, readers: Sequence[int]) -> Iterator[dict[str, list]]:
+    for reader in readers:
+        for turns in batches.of_reader(reader):
+            yield {"read": [samples[turn] for turn in turns]}
+
+
+def _collate_row(collate: Callable[[list], dict[str, Any]], row: dict[str, list]) -> dict[str, Any]:
+    return collate(row["read"])
 
 
 def collate_drawn(collate: Callable[[list[Sample]], Batch]) -> Callable[[list], dict[str, Any]]:

@@ -4,9 +4,10 @@ Only `meta/` is read ahead. An episode's rows are fetched from the parquet row g
 or frame by frame out of its videos, and it becomes a `WindowDataset` of its own: what a sample is, is written there alone.
 The last few episodes are kept, and `order.py` goes through as many at a time.
 
-It is map-style, so that going on with a run is a seek. A `datasets.IterableDataset` that shuffles goes on with its buffer
-filled anew: with its 1,000 samples, each stop of an epoch of 6,600 cost 546 to 617 that weren't seen, and had 46 to 117 seen
-twice (`benchmarks/streaming_resume.py`; github.com/huggingface/datasets/issues/7444). `iterable.py` makes one that doesn't.
+Any of its samples can be asked for, and training reads them through a `datasets.IterableDataset` in an order that is made
+before (`loader.py`, `order.py`): going on with a run is a seek. One that shuffles by itself goes on with its buffer filled
+anew: with its 1,000 samples, each stop of an epoch of 6,600 cost 546 to 617 that weren't seen, and had 46 to 117 seen twice
+(`benchmarks/streaming_resume.py`; github.com/huggingface/datasets/issues/7444).
 
 Letters: n samples, S state dims, A action dims, T chunk length.
 """

@@ -167,7 +167,8 @@ class Data:
     """Share of episodes held out, chosen by `training.seed`; at least one where it is above 0."""
     num_workers: int = 2
     streaming: bool = False
-    """Read episode by episode, from the folder or the Hub, without ever having the whole on disk or in memory."""
+    """Read episode by episode, from the folder or the Hub, without ever having the whole on disk or in memory: through an
+    `IterableDataset` of `datasets`, in an order that any run can go on in."""
     shuffle_episodes: int = 8
     """Where streamed: episodes that each worker mixes at a time and keeps in memory."""
     mixture: list[Mixed] = field(default_factory=list)
