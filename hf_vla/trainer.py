@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from hf_vla.checkpoint import load_trained, save_checkpoint
 from hf_vla.memory import ranks
 from hf_vla.memory.budget import MemoryBudgetError
+from hf_vla.memory.embedding_states import keep_in_8_bits
 from hf_vla.memory.encode_ahead import EncodeAhead
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
@@ -176,6 +177,8 @@ class VLATrainer(ResumableTrainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
+        if self.recipe.memory.embedding_state_bits == 8:
+            keep_in_8_bits(self.model)
         if not self.is_sharded:  # or whole parameters would live on beside their shards
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.recipe.memory.optimizer_in_backward:

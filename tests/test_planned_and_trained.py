@@ -46,6 +46,11 @@ CASES = {
     },
     "QLoRA": {"model": {**FROZEN, "quantization": "nf4"}, "lora": LORA},
     "full LLaMA, 8-bit states": {"model": {"freeze_vggt": True}, "training": {"optim": "adamw_bnb_8bit"}},
+    "full LLaMA, 8-bit states of embeddings too": {
+        "model": {"freeze_vggt": True},
+        "training": {"optim": "adamw_bnb_8bit"},
+        "memory": {"embedding_state_bits": 8},
+    },
     "end to end, prefix": {"model": {"fusion": {"type": "prefix", "num_layers": 0}}},
     "end to end, checkpointed": {"training": CHECKPOINTED},
     "end to end, float32": {"model": {"dtype": "float32"}, "training": {"bf16": False}},

@@ -67,6 +67,7 @@ def test_overrides_reach_nested_keys(tmp_path):
         ({"training": {"fp16": True}}, ["training.bf16", "training.fp16"]),
         ({"model": {"freeze_lang_encoder": False}, "lora": {"apply_to": ["lang_encoder"]}}, ["lora.apply_to"]),
         ({"model": {"freeze_lang_encoder": False, "quantization": "nf4"}}, ["quantised weights can't be trained"]),
+        ({"memory": {"embedding_state_bits": 8}}, ["training.optim is 'adamw_torch'", "choose one that does"]),
         ({"model": {"fusion": {"align_weight": 0.1}}}, ["align_weight", "prefix"]),
         ({"model": {"fusion": {"hidden_size": 100}}}, ["num_heads is 16", "hidden_size 100"]),
         (

@@ -226,6 +226,10 @@ def _notes(recipe: Recipe, shapes: Shapes, gpus: int) -> list[str]:
         notes.append("Optimizer in backward: no clipping of gradients, no accumulation; a step can't be run again.")
     if "8bit" in str(recipe.training.get("optim", "")):
         notes.append("8-bit optimizer states: block-wise rounding; close to AdamW in published runs, not equal to it.")
+        if recipe.memory.embedding_state_bits == 32 and not recipe.model.freeze_lang_encoder:
+            notes.append(
+                "Moments of embeddings are in 32 bits, as Trainer keeps them: see memory.embedding_state_bits."
+            )
     trains_backbone = not (recipe.model.freeze_vggt and recipe.model.freeze_lang_encoder)
     if trains_backbone and recipe.model.dtype == "bfloat16" and not is_sharded(recipe, gpus):
         notes.append("Backbone weights train in bfloat16, without float32 masters: the smallest updates are lost.")

@@ -9,6 +9,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from hf_vla.memory.embedding_states import plan_states
 from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.materialize import quantized_kind
 from hf_vla.memory.tracker import MemoryTracker
@@ -154,20 +155,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     optimizer = optimizer_class([group for group in groups if group["params"]], **options)
     if options.get("optim_bits") == 8:
-        _keep_embeddings_whole(optimizer, model)
+        plan_states(model, optimizer, recipe.memory.embedding_state_bits)
     return optimizer
-
-
-def _keep_embeddings_whole(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Give embeddings 32-bit states, as Trainer.create_optimizer does through a global list, which would keep this model."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    config_of = optimizer.get_config
-
-    def get_config(gindex: int, pindex: int, group: dict) -> dict:
-        is_embedding = id(group["params"][pindex]) in embeddings
-        return config_of(gindex, pindex, group) | ({"optim_bits": 32} if is_embedding else {})
-
-    optimizer.get_config = get_config
 
 
 def enable_checkpointing(model: nn.Module, recipe: Recipe) -> None:

@@ -55,6 +55,11 @@ def _check_one_answer(recipe: Recipe) -> None:
         raise RecipeError(f"memory.cache_copies is {recipe.memory.cache_copies}: give 0 or more.")
     if recipe.memory.optimizer_in_backward:
         _check_in_backward(training)
+    if recipe.memory.embedding_state_bits == 8 and "8bit" not in str(training.get("optim", "")):
+        raise RecipeError(
+            f"memory.embedding_state_bits is 8, but training.optim is {str(training.get('optim', 'adamw_torch'))!r}, which "
+            "keeps no state in 8 bits: choose one that does, as adamw_bnb_8bit, or leave it out."
+        )
     if training.get("bf16") and training.get("fp16"):
         raise RecipeError("training.bf16 and training.fp16 are both true; bf16 is the default: set it false.")
 
