@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from hf_vla.checkpoint import load_trained, save_checkpoint
 from hf_vla.memory import ranks
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.embedding_states import keep_in_8_bits
+from hf_vla.memory.embedding_states import forget_earlier_training, keep_in_8_bits
 from hf_vla.memory.encode_ahead import EncodeAhead
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
@@ -176,11 +176,15 @@ class VLATrainer(ResumableTrainer):
         """Create the optimizer; guard its update against running out of memory, or move its work into the backward."""
         if self.optimizer is not None:
             return self.optimizer
+        if "8bit" in self.args.optim and "torch" not in self.args.optim:  # torchao's have no such list
+            forget_earlier_training()
         optimizer = super().create_optimizer(model)
         if self.recipe.memory.embedding_state_bits == 8:
             keep_in_8_bits(self.model)
         if not self.is_sharded:  # or whole parameters would live on beside their shards
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            # Trainer empties gradients through the model, which walks through thousands of modules after every step.
+            self.model.zero_grad = optimizer.zero_grad
         if self.recipe.memory.optimizer_in_backward:
             average = (lambda parameter: None) if ranks.is_alone() else ranks.average
             self.in_backward = OptimizerInBackward(optimizer, average)

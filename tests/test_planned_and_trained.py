@@ -1,6 +1,7 @@
 """The plan beside what Trainer itself does: a trained run's tensors, all of them, seen by the same tracker."""
 
 import pytest
+import torch
 
 from hf_vla.memory.cuda_rules import cuda_autocast, no_workspace, offloading
 from hf_vla.memory.rehearsal import parts_of, weights_of
@@ -89,3 +90,16 @@ def test_trainer_holds_what_the_plan_says(tmp_path, case):
     recipe = recipe_of(case)
     planned = trace(recipe, read_shapes(recipe), extent="two steps", workspace=no_workspace).ledger.peak()[0]
     assert planned == pytest.approx(trained_peak(recipe, tmp_path), rel=1e-3)
+
+
+def test_a_second_training_of_a_process_has_its_own_8_bit_states(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    first, second = (recipe_of(f"full LLaMA, 8-bit states{more}") for more in ("", " of embeddings too"))
+    first.model.freeze_vggt = False  # so that its embeddings have another place among what trains
+    for k, recipe in enumerate((first, second)):
+        trainer = build_trainer(recipe, tmp_path / str(k))
+        trainer.train()
+        states = {p: s["state1"].dtype for p, s in trainer.optimizer.state.items() if p.numel() >= 4096}
+        embeddings = trainer.bare_model().get_input_embeddings().weight
+        assert states.pop(embeddings) == (torch.uint8 if recipe is second else torch.float32)
+        assert set(states.values()) == {torch.uint8}

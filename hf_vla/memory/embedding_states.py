@@ -1,11 +1,18 @@
 """Moments of embeddings beside 8-bit ones: in 32 bits as Trainer has them, or in 8 too, where the recipe says so.
 
-Trainer keeps both moments of every embedding in 32 bits, for the sake of trainings from scratch that diverged without
-(transformers, `create_optimizer`). Of LLaMA-2-7B that is 0.79 GB more than a budget of two bytes a parameter holds.
+Trainer keeps both moments of every embedding in 32 bits (transformers, `create_optimizer`), through a list of exceptions
+that bitsandbytes has for the whole process. For LLaMA-2-7B they take 0.79 GB more than two bytes a parameter.
 """
 
 import torch
 from torch import nn
+
+
+def forget_earlier_training() -> None:
+    """Empty bitsandbytes' list: it keeps a model alive, and takes whatever stands in its embeddings' place for them."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    GlobalOptimManager.get_instance().initialize()
 
 
 def keep_in_8_bits(model: nn.Module) -> None:
