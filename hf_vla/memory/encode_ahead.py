@@ -8,6 +8,7 @@ Letters: n pairs at once, V views, H W pixels, g grid side after pooling, C VGGT
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -36,36 +37,33 @@ class EncodeAhead:
         self.asked = self.pairs = min(recipe.memory.encode_ahead, pairs_of_a_step(recipe))
         self._encode, self._vggt, self._tell = partial(encode_views, recipe, model), model.vggt, tell
 
-    def run(self, batches: list[Batch]) -> None:
+    def run(self, batches: Iterable[Batch]) -> None:
         """Replace `pixel_values` (B, V, 3, H, W) of each batch by `view_features` (B, V, g², 2C), in place."""
-        features = self._encode_all([pair for batch in batches for pair in batch["pixel_values"]])
-        for batch in batches if features else []:
-            count = len(batch.pop("pixel_values"))
-            batch["view_features"] = torch.stack(features[:count])
-            del features[:count]
+        while self.pairs and not self.attempt(batches):
+            self._shrink(min(self.pairs, len(_pixels_of(batches))))
+
+    def attempt(self, batches: Iterable[Batch]) -> bool:
+        """Do so for all batches that have pixels, or, if memory runs out, for none and say False."""
+        waiting = [batch for batch in batches if "pixel_values" in batch]
+        try:
+            features = self._encode_all(waiting)
+        except torch.OutOfMemoryError:
+            return False  # and free nothing in here: the traceback keeps the failed attempt's tensors alive
+        for batch, view_features in zip(waiting, features, strict=True):
+            del batch["pixel_values"]
+            batch["view_features"] = view_features
+        return True
 
     def restrict(self, pairs: int) -> None:
         """Take what an earlier part of the run found to fit."""
         self.pairs = min(self.pairs, pairs)
 
-    def _encode_all(self, pixels: list[Tensor]) -> list[Tensor]:
-        """Encode pairs (V, 3, H, W), each to (V, g², 2C); none if not even one fits."""
-        features = []
-        while self.pairs and len(features) < len(pixels):
-            features += self._attempt(pixels[len(features) : len(features) + self.pairs])
-        return features if self.pairs else []
-
-    def _attempt(self, pixels: list[Tensor]) -> list[Tensor]:
-        """Encode pairs at once; none of them, and fewer from now on, if memory runs out.
-
-        The handler is left before anything is freed: a traceback keeps the failed attempt's tensors alive.
-        """
-        try:
-            return list(self._encode(self._on_device(pixels)))
-        except torch.OutOfMemoryError:
-            pass
-        self._shrink(len(pixels))
-        return []
+    def _encode_all(self, batches: list[Batch]) -> list[Tensor]:
+        """Encode the pairs of batches, `pairs` of them at once."""
+        pixels, features = _pixels_of(batches), []
+        for start in range(0, len(pixels), self.pairs):
+            features += self._encode(self._on_device(pixels[start : start + self.pairs]))
+        return [torch.stack([features.pop(0) for _ in batch["pixel_values"]]) for batch in batches]
 
     def _on_device(self, pixels: list[Tensor]) -> Tensor:
         """Bring pairs to VGGT's device, one beside the other: each is copied once, pinned ones without waiting."""
@@ -79,6 +77,11 @@ class EncodeAhead:
         self.pairs = tried // 2
         now = f"encoding {self.pairs} at once" if self.pairs else "each micro-step encodes its own"
         self._tell("out_of_memory", f"VGGT can't encode {tried} pairs at once ahead of a step: from now on {now}.")
+
+
+def _pixels_of(batches: Iterable[Batch]) -> list[Tensor]:
+    """List the pairs (V, 3, H, W) that are still to be encoded."""
+    return [pair for batch in batches for pair in batch.get("pixel_values", ())]
 
 
 def pairs_of_a_step(recipe: Recipe) -> int:

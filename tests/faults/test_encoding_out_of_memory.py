@@ -7,6 +7,7 @@ from hf_vla.prepare import build_trainer
 from hf_vla.run import read_info
 from tests.faults.shortage import Shortage, in_forward
 from tests.test_encode_ahead import ACCUMULATION, BATCH, STEP, STEPS, Outcome, recipe, run
+from tests.tiny_run import TINY_VGGT
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,22 @@ def test_where_not_one_pair_fits_ahead_each_micro_step_encodes_its_own(tmp_path,
     assert_same(outcome, undisturbed)
     assert outcome.pairs == [BATCH] * ACCUMULATION * STEPS
     assert "each micro-step encodes its own" in texts(tmp_path)[-1]
+
+
+def test_features_that_cant_be_gathered_are_encoded_again_in_smaller_pieces(tmp_path, undisturbed, monkeypatch):
+    trainer = build_trainer(recipe(STEP), tmp_path)
+    stack = torch.stack
+
+    def fail_once(tensors, **options):
+        if tensors[0].shape == (2, 2**2, 2 * TINY_VGGT["embed_dim"]):
+            monkeypatch.undo()
+            raise torch.OutOfMemoryError("injected")
+        return stack(tensors, **options)
+
+    monkeypatch.setattr(torch, "stack", fail_once)
+    outcome = run(trainer)
+    assert_same(outcome, undisturbed)
+    assert outcome.pairs == [STEP, *[STEP // 2] * 2 * STEPS]
 
 
 def test_a_step_that_is_run_again_in_pieces_doesnt_run_vggt_again(tmp_path, undisturbed):
