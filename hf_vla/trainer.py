@@ -21,6 +21,7 @@ from hf_vla.memory.embedding_states import forget_earlier_training, keep_in_8_bi
 from hf_vla.memory.encode_ahead import EncodeAhead
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
+from hf_vla.memory.lookahead import Lookahead
 from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
 from hf_vla.memory.monitor import MemoryMonitor, log_values
 from hf_vla.memory.update import guard_update
@@ -68,6 +69,9 @@ class VLATrainer(ResumableTrainer):
         sizes = [size] if recipe.memory.optimizer_in_backward else divisors(size)
         self.batcher = MicroBatcher(self.model, sizes, self._rungs(), self.tell)
         self.ahead = EncodeAhead(recipe, self.bare_model().model, self.tell) if recipe.memory.encode_ahead else None
+        self.lookahead: Lookahead | None = None
+        if recipe.memory.encode_overlap:
+            self.lookahead = Lookahead(self.ahead, self.args.gradient_accumulation_steps, self.args.device, self.tell)
         self._fetched: list[dict] = []
         size = self.args.per_device_eval_batch_size
         self.evaluation_batcher = EvaluationBatcher([size] if self.is_sharded else divisors(size), self.tell)
@@ -83,16 +87,18 @@ class VLATrainer(ResumableTrainer):
         watched = log_values(self.monitor.reading) if self.monitor and "loss" in logs else {}
         super().log({**logs, **watched}, start_time)
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """Take the batches of an optimizer step, and keep them in sight for its first micro-step."""
-        self._fetched, count = super().get_batch_samples(*args, **kwargs)
+        batches = self.lookahead.over(epoch_iterator) if self.lookahead else epoch_iterator
+        self._fetched, count = super().get_batch_samples(batches, *args, **kwargs)
         return self._fetched, count
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Run one micro-step; after the last of an optimizer step, agree with the other ranks and average gradients."""
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        if self.ahead and self._fetched:
-            self.ahead.run(self._fetched)  # of which `inputs` is the first
+        encoder = self.lookahead or self.ahead
+        if encoder and self._fetched:
+            encoder.run(self._fetched)  # of which `inputs` is the first
         self._fetched = []
         inputs = self._prepare_inputs(inputs)
         if self.is_sharded:
@@ -220,7 +226,8 @@ class VLATrainer(ResumableTrainer):
     def is_uncut(self) -> bool:
         """Whether all training so far has fitted as the recipe has it."""
         is_whole = self.batcher.fit == Fit(self.recipe.data.batch_size)
-        return is_whole and (self.ahead is None or self.ahead.pairs == self.ahead.asked)
+        is_whole &= self.ahead is None or self.ahead.pairs == self.ahead.asked
+        return is_whole and not (self.lookahead and self.lookahead.is_given_up)
 
     @property
     def is_sharded(self) -> bool:
@@ -238,10 +245,12 @@ class VLATrainer(ResumableTrainer):
         return rungs
 
     def tell(self, kind: str, text: str) -> None:
-        """Log what a user should know, and write it into the run's events."""
+        """Log what a user should know, and write it into the run's events; without memory to spare, stop looking ahead."""
         logger.warning(text)
         if self.is_world_process_zero():
             add_event(self.args.output_dir, self.state.global_step, kind, text)
+        if kind == "out_of_memory" and self.lookahead:
+            self.lookahead.give_up()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
         """Count valid action entries of all this step's micro-batches, on all ranks; Trainer only knows `labels`."""
@@ -293,6 +302,7 @@ class VLATrainer(ResumableTrainer):
         fit = self.batcher.fit
         rungs = [rung.name for rung in self.batcher.rungs[: fit.rungs]]
         ahead = {"encode_ahead": self.ahead.pairs} if self.ahead else {}
+        ahead |= {"encode_overlap": not self.lookahead.is_given_up} if self.lookahead else {}
         write_json(directory / MICRO_BATCH, {"size": fit.size, "rungs": rungs, **ahead, **more})
 
     def _restrict(self, directory: Path, reason: str) -> None:
@@ -303,6 +313,8 @@ class VLATrainer(ResumableTrainer):
             self.batcher.patience = found.get("patience", self.batcher.patience)
             if self.ahead:
                 self.ahead.restrict(found.get("encode_ahead", self.ahead.pairs))
+            if self.lookahead:
+                self.lookahead.is_given_up |= not found.get("encode_overlap", True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.bare_model(), self.recipe, resume_from_checkpoint)

@@ -98,6 +98,7 @@ def test_an_epochs_last_step_may_be_short(tmp_path):
         ({"memory": {"encode_ahead": 8, "cache": ["vggt"]}}, "memory.cache names 'vggt'"),
         ({"model": {"fusion": {"type": "prefix", "align_weight": 0.5}}}, "look at the pictures"),
         ({"training": {"fsdp": "full_shard"}}, "sharded weights"),
+        ({"memory": {"encode_overlap": True}}, "encode_overlap is true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -45,6 +45,7 @@ CASES = {
     "whole": {},
     "lora": ADAPTED,
     "ahead": {**ADAPTED, "memory": {"encode_ahead": 4}},
+    "overlapped": {**ADAPTED, "memory": {"encode_ahead": 4, "encode_overlap": True}, "data": {"num_workers": 1}},
     "nf4_workers": {**ADAPTED, "model": {**ADAPTED["model"], "quantization": "nf4"}, "data": {"num_workers": 2}},
     "streamed": {**ADAPTED, "data": {"streaming": True, "num_workers": 1, "shuffle_episodes": 2}},
     "epochs": {
@@ -166,6 +167,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, recipe, undisturbe
         train_killed(recipe(name), run, callback, resume=k > 0)
     train(recipe(name), run, resume=True)
     assert_same_run(run, undisturbed(name))
+
+
+def test_a_killed_run_that_looks_a_step_ahead_goes_on_as_one_that_never_did(tmp_path, recipe, undisturbed):
+    train_killed(recipe("overlapped"), tmp_path / "run", KillAt(7))  # in mid-epoch, the next step's features held
+    train(recipe("overlapped"), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", undisturbed("ahead"))
 
 
 def test_an_unfinished_checkpoint_is_passed_over_and_said(tmp_path, recipe, undisturbed):

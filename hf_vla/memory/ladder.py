@@ -164,10 +164,11 @@ def _structures(asked: Recipe, wish: Wish) -> Iterator[tuple[Recipe, tuple[str, 
             rungs = tuple(filter(None, (checkpointing, cached and f"cached {' and '.join(cached)}")))
             off = {"activation_checkpointing": False, "activation_checkpointing_kwargs": None}
             training = {**off, **keys, "gradient_accumulation_steps": 2}
-            yield _with(asked, training=training, memory={"cache": cached, "encode_ahead": 0}), rungs
+            memory = {"cache": cached, "encode_ahead": 0, "encode_overlap": False}
+            yield _with(asked, training=training, memory=memory), rungs
             if "full" in (wish.language, wish.vggt) and checkpointing:
                 in_backward = {**training, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
-                memory = {"cache": cached, "encode_ahead": 0, "optimizer_in_backward": True}
+                memory = {**memory, "optimizer_in_backward": True}
                 yield _with(asked, training=in_backward, memory=memory), (*rungs, "optimizer in backward")
 
 

@@ -94,6 +94,11 @@ def _check_encode_ahead(recipe: Recipe) -> None:
     pairs, is_sharded = recipe.memory.encode_ahead, recipe.training.get("fsdp") or recipe.training.get("deepspeed")
     if pairs < 0:
         raise RecipeError(f"memory.encode_ahead is {pairs}: give how many pairs VGGT encodes at once, or 0.")
+    if recipe.memory.encode_overlap and not pairs:
+        raise RecipeError(
+            "memory.encode_overlap is true, but memory.encode_ahead is 0: say there how many pairs VGGT encodes at once, or "
+            "set encode_overlap false."
+        )
     reasons = {
         "VGGT trains, and is part of each micro-step": not recipe.model.freeze_vggt or "vggt" in recipe.lora.apply_to,
         "memory.cache names 'vggt', which then doesn't run": "vggt" in recipe.memory.cache,

@@ -203,6 +203,10 @@ class Memory:
     encode_ahead: int = 0
     """Pairs that a frozen VGGT encodes at once, before an optimizer step and for all its micro-batches; 0 lets each of them
     encode its own. More than a micro-batch is faster where that is small, fewer take less memory; only rounding differs."""
+    encode_overlap: bool = False
+    """Encode the pairs of the next optimizer step beside the training on this one, on a CUDA stream of their own, where
+    `encode_ahead` is above 0. It changes no number, takes VGGT's memory beside training's instead of in turn with it, and is
+    given up where memory runs out. Off, since only a GPU can say where it pays: nothing is predicted of its speed."""
     cache: list[Literal["vggt", "lang_encoder"]] = field(default_factory=list)
     """Frozen backbones whose outputs are read from a cache where `hf-vla cache` has built one, so that they aren't even
     loaded; where it hasn't, they run in each step. A cache of anything else than this recipe is an error."""

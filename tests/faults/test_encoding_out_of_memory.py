@@ -7,6 +7,7 @@ from hf_vla.prepare import build_trainer
 from hf_vla.run import read_info
 from tests.faults.shortage import Shortage, in_forward
 from tests.test_encode_ahead import ACCUMULATION, BATCH, STEP, STEPS, Outcome, recipe, run
+from tests.test_lookahead import assert_same_bits, overlapped
 from tests.tiny_run import TINY_VGGT
 
 
@@ -87,3 +88,39 @@ def test_what_was_found_to_fit_is_kept_in_the_checkpoint(tmp_path):
     in_encoding(resumed, shortage)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert (resumed.ahead.pairs, shortage.failures) == (3, 0)
+
+
+def given_up(directory) -> list[int]:
+    """The steps in which the overlap was given up."""
+    return [event["step"] for event in read_info(directory)["events"] if event["kind"] == "overlap_given_up"]
+
+
+def test_where_the_next_steps_pairs_dont_fit_beside_this_one_they_are_encoded_in_turn(tmp_path, undisturbed):
+    trainer = build_trainer(overlapped(recipe(STEP)), tmp_path)
+    in_encoding(trainer, Shortage(rows=0, when=lambda call: call == 1))
+    outcome = run(trainer)
+    assert_same_bits(outcome, undisturbed)
+    assert trainer.ahead.pairs == STEP  # as many as ever
+    assert given_up(tmp_path) == [0]
+    assert not trainer.is_uncut
+
+
+def test_a_step_that_runs_out_beside_vggt_ends_the_overlap_and_uses_what_is_encoded(tmp_path, undisturbed):
+    trainer = build_trainer(overlapped(recipe(STEP)), tmp_path)
+    in_forward(trainer.bare_model(), Shortage(rows=1))
+    outcome = run(trainer)
+    assert_same(outcome, undisturbed)
+    assert trainer.batcher.fit.size == 1
+    assert outcome.pairs == [STEP] * STEPS
+    assert given_up(tmp_path) == [0]
+
+
+def test_that_the_overlap_was_given_up_is_kept_in_the_checkpoint(tmp_path):
+    first = build_trainer(overlapped(recipe(STEP, max_steps=1, save_strategy="steps", save_steps=1)), tmp_path)
+    in_encoding(first, Shortage(rows=0, when=lambda call: call == 1))
+    first.train()
+    resumed = build_trainer(overlapped(recipe(STEP)), tmp_path)
+    assert not resumed.lookahead.is_given_up
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.lookahead.is_given_up
+    assert given_up(tmp_path) == [0]  # and not told again
