@@ -119,9 +119,11 @@ def planned(encode_ahead: int, **sections: dict) -> Recipe:
     )
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["in_turn", "overlapped"])
 @pytest.mark.parametrize("encode_ahead", [3, 8])
-def test_what_is_traced_is_what_real_tensors_take(encode_ahead):
-    plan = planned(encode_ahead, model={"dtype": "float32"}, training={"bf16": False}, data={"image_size": 28})
+def test_what_is_traced_is_what_real_tensors_take(encode_ahead, overlap):
+    sections = {"model": {"dtype": "float32"}, "training": {"bf16": False}, "data": {"image_size": 28}}
+    plan = planned(encode_ahead, memory={"encode_overlap": overlap}, **sections)
     shapes = tiny_plan.SHAPES
     fake = trace(plan, shapes, extent="two steps", workspace=no_workspace).ledger
     tracker = MemoryTracker()
@@ -142,3 +144,20 @@ def test_the_plan_counts_it():
     assert few.phases["forward"] < own.phases["forward"]
     assert any("8 pairs at once" in note for note in many.notes)
     assert "encoding" not in own.phases
+
+
+def test_the_plan_counts_what_the_next_steps_pairs_take_beside_this_one():
+    in_turn, beside = (
+        plan_recipe(planned(8, memory={"encode_overlap": overlap}), shapes=tiny_plan.SHAPES)
+        for overlap in (False, True)
+    )
+    features = 8 * tiny_plan.SHAPES.num_views * 2**2 * 2 * tiny_plan.VGGT["embed_dim"] * 2  # g = 2; 2 bytes each
+    for phase in ("encoding", "forward", "saving"):
+        assert features <= beside.phases[phase] - in_turn.phases[phase] < 2 * features  # small tensors too
+    lines, before = ({line.name: line.bytes for line in plan.lines} for plan in (beside, in_turn))
+    assert lines["cuBLAS workspaces"] == 2 * before["cuBLAS workspaces"]
+    passing = beside.phases["encoding"] - beside.phases["saving"]  # VGGT's activations, and little else
+    pools = beside.tensor_peak + lines["fragmentation"] + lines["VGGT's stream"]
+    assert pools >= beside.phases["forward"] + passing
+    assert beside.samples_per_second == pytest.approx(in_turn.samples_per_second, rel=0.01)
+    assert any("nobody has measured" in note for note in beside.notes)

@@ -40,6 +40,12 @@ CASES = {
         "training": {"gradient_accumulation_steps": 2},
         "memory": {"encode_ahead": 16},
     },
+    "LoRA, VGGT overlapped": {
+        "model": FROZEN,
+        "lora": LORA,
+        "training": {"gradient_accumulation_steps": 2},
+        "memory": {"encode_ahead": 16, "encode_overlap": True},
+    },
     "LoRA, offloaded": {
         "model": FROZEN,
         "lora": LORA,

@@ -46,11 +46,16 @@ def lora_peaks() -> dict[str, int]:
     [
         {"lora": LORA, "training": {"gradient_accumulation_steps": 3}},
         {"lora": LORA, "training": {"gradient_accumulation_steps": 3}, "memory": {"encode_ahead": 2}},
+        {
+            "lora": LORA,
+            "training": {"gradient_accumulation_steps": 3},
+            "memory": {"encode_ahead": 2, "encode_overlap": True},
+        },
         pytest.param(
             {"model": BOTH_TRAIN, "training": {"optim": "adamw_torch", **CHECKPOINTED}}, marks=pytest.mark.slow
         ),
     ],
-    ids=["lora, accumulating", "VGGT ahead", "end to end, foreach, checkpointed"],
+    ids=["lora, accumulating", "VGGT ahead", "VGGT overlapped", "end to end, foreach, checkpointed"],
 )
 def test_one_micro_step_beside_warm_states_peaks_as_two_whole_steps_do(sections):
     recipe = tiny_recipe(**sections)

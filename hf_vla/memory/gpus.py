@@ -32,7 +32,7 @@ class GPU:
     peer_bandwidth: float
     """Bytes a second to and from another GPU, one way, in a ring."""
     cublas_bytes: int
-    """cuBLAS's and cuBLASLt's workspaces, one of each for the stream that trains."""
+    """cuBLAS's and cuBLASLt's workspaces, one of each for every stream."""
     context_bytes: int = 600 * MIB
     """CUDA context, loaded kernels, and what libraries keep outside PyTorch's allocator."""
     nccl_bytes: int = 400 * MIB

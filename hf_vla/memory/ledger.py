@@ -70,6 +70,11 @@ class Ledger:
         on_host = self.slot - self.slot % len(KINDS) + KINDS.index("host")
         return replace(self, size=size, slot=np.where(states & paged, on_host, self.slot))
 
+    def made_in(self, phase: str) -> "Ledger":
+        """Give the blocks that come in a phase; all others are of no size."""
+        comes = (self.size > 0) & ~self.relabels & (self.phase == PHASES.index(phase))
+        return replace(self, size=np.where(np.isin(self.block, self.block[comes]), self.size, 0))
+
     def totals(self) -> np.ndarray:
         """Give the device's bytes after each event, each block rounded as CUDA rounds it."""
         return np.cumsum(np.where(self.slot % len(KINDS) == KINDS.index("host"), 0, self.rounded()))

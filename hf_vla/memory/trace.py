@@ -36,6 +36,9 @@ Extent = Literal["step", "run", "two steps"]
 """The last micro-step and update beside warmed-up states and gradients; that, an evaluation batch and a checkpoint; or two
 whole steps of up to two micro-steps each, an evaluation batch and a checkpoint."""
 
+_Step = list[dict[str, Tensor]]
+"""The micro-batches of an optimizer step."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -129,26 +132,43 @@ def rehearse(
     """
     leave_out_cached(model, recipe)
     fill(model)
-    accumulation = recipe.training["gradient_accumulation_steps"]
     eval_size = recipe.training.get("per_device_eval_batch_size", batch_size)
     with tracker:
         rehearsal = Rehearsal(recipe, model, tracker)
         fetch = partial(fetch_step, recipe, model, shapes, batch_size, tracker)
         if extent == "two steps":
-            for _ in range(2):
-                batches = None  # none of the last step's are left
-                batches = fetch(encoded=accumulation)
-                rehearsal.train_step(batches[:2])
+            held = _train_two_steps(recipe, rehearsal, fetch)
         else:
-            rehearsal.warm_up()
-            batches = fetch(encoded=micro_batches_at_once(recipe, batch_size))
-            if accumulation > 1:
-                rehearsal.accumulate()
-            rehearsal.train_step(batches[:1])
+            held = _train_a_warm_step(recipe, rehearsal, fetch, micro_batches_at_once(recipe, batch_size))
         if extent != "step":
             rehearsal.evaluate(make_batch(model.config, shapes, recipe, eval_size))
             rehearsal.save()
+        del held  # only now, as Trainer does
     return rehearsal
+
+
+def _train_two_steps(recipe: Recipe, rehearsal: Rehearsal, fetch: Callable[..., _Step]) -> list[_Step]:
+    """Train two steps of up to two micro-steps each from the first on; returns the batches that are held after them."""
+    fetch = partial(fetch, encoded=recipe.training["gradient_accumulation_steps"])
+    upcoming = []
+    for _ in range(2):
+        batches = None  # none of the last step's are left
+        batches = upcoming or fetch()
+        upcoming = fetch() if recipe.memory.encode_overlap else []
+        rehearsal.train_step(batches[:2])
+    return [batches, upcoming]
+
+
+def _train_a_warm_step(recipe: Recipe, rehearsal: Rehearsal, fetch: Callable[..., _Step], encoded: int) -> list[_Step]:
+    """Train one micro-step beside warmed-up states and gradients, and update; returns the batches that are held then."""
+    rehearsal.warm_up()
+    overlaps = recipe.memory.encode_overlap  # then this step's pairs were encoded beside the one before
+    batches = fetch(encoded=0 if overlaps else encoded)
+    upcoming = fetch(encoded=encoded) if overlaps else []
+    if recipe.training["gradient_accumulation_steps"] > 1:
+        rehearsal.accumulate()
+    rehearsal.train_step(batches[:1])
+    return [batches, upcoming]
 
 
 def fetch_step(
@@ -185,10 +205,11 @@ def encode_last(
     """Take batches from the host to the device, all but their pixels, and run VGGT ahead for the last of them."""
     for batch in batches:
         batch |= {name: tensor.clone() for name, tensor in batch.items() if name != "pixel_values"}
-    for batch in batches[:-encoded]:
+    made = len(batches) - encoded
+    for batch in batches[:made]:
         count = len(batch.pop("pixel_values"))
         batch["view_features"] = make_features(model.config, shapes, count, model.model.vggt.dtype)
-    EncodeAhead(recipe, model.model).run(batches[-encoded:])
+    EncodeAhead(recipe, model.model).run(batches[made:])
 
 
 def make_batch(config: VLAConfig, shapes: Shapes, recipe: Recipe, batch_size: int) -> dict[str, Tensor]:
