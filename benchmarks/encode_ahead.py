@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=2 python -m benchmarks.encode_ahead                # a thousandth of the arithmetic, on a CPU
     python -m benchmarks.encode_ahead --scale full                     # on a GPU
 
-The project's own trainer on LoRA steps of the same samples, cut into micro-batches in several ways: VGGT in each micro-step,
-and for all of the step's pairs at once before the first. The two take turns; the best turn of each counts, as others on the
-machine only ever make one slower.
+The project's own trainer on LoRA steps of the same samples, cut into micro-batches in several ways: VGGT in each micro-step;
+for all of the step's pairs at once before the first; and, on a GPU, for all of the next step's beside the training on this
+one. They take turns; the best turn of each counts, as others on the machine only ever make one slower.
 """
 
 import argparse
@@ -24,6 +24,13 @@ CUTS = (1, 4)
 """Micro-batches that it is cut into."""
 STEPS, ROUNDS = 6, 2
 """Of a turn, the first three not counted, and turns of each."""
+WAYS = {
+    "each_its_own": {"encode_ahead": 0},
+    "ahead": {"encode_ahead": PAIRS},
+    "overlapped": {"encode_ahead": PAIRS, "encode_overlap": True},
+}
+"""Keys of the recipe's `memory`."""
+WITHOUT_A_GPU = "Not measured: on a CPU there is no second stream, and VGGT runs in turn with the training."
 PLAIN = {"model": {"dtype": "float32", "pool_grid": 4}, "training": {"bf16": False}}
 """What a CPU is quick in; 96 LLaMA tokens."""
 
@@ -40,6 +47,7 @@ def main() -> None:
         "sizes": SCALES[options.scale],
         "threads": torch.get_num_threads(),
         "pairs": PAIRS,
+        "overlapped": "measured" if torch.cuda.is_available() else WITHOUT_A_GPU,
     }
     rows = []
     for batch_size in CUTS:
@@ -48,23 +56,28 @@ def main() -> None:
 
 
 def compare(batch_size: int, scale: str, rounds: int) -> dict[str, Any]:
-    """Let both take turns at one micro-batch."""
-    turns = {"each_its_own": [], "ahead": []}
+    """Let all ways take turns at one micro-batch; what isn't measured is None."""
+    turns = {name: [] for name in WAYS if name != "overlapped" or torch.cuda.is_available()}
     for _ in range(rounds):
-        for name, pairs in (("each_its_own", 0), ("ahead", PAIRS)):
-            turns[name].append(samples_per_second(batch_size, pairs, scale))
-    own, ahead = (max(speeds) for speeds in turns.values())
-    row = {"micro_batch": batch_size, "samples_per_second": turns, "speed_up": ahead / own}
+        for name, speeds in turns.items():
+            speeds.append(samples_per_second(batch_size, WAYS[name], scale))
+    best = {name: max(speeds) for name, speeds in turns.items()}
+    row = {
+        "micro_batch": batch_size,
+        "samples_per_second": {name: turns.get(name) for name in WAYS},
+        "speed_up": best["ahead"] / best["each_its_own"],
+        "speed_up_overlapped": best["overlapped"] / best["each_its_own"] if "overlapped" in best else None,
+    }
     print(row, flush=True)
     return row
 
 
-def samples_per_second(batch_size: int, encode_ahead: int, scale: str) -> float:
+def samples_per_second(batch_size: int, memory: dict[str, Any], scale: str) -> float:
     """Train a few steps."""
     changes = {
         **({} if torch.cuda.is_available() else PLAIN),
         "data": {"batch_size": batch_size},
-        "memory": {"encode_ahead": encode_ahead},
+        "memory": memory,
     }
     case = Case("lora.json", changes, text_tokens=47)
     recipe = case.load(scale)

@@ -160,7 +160,8 @@ def make_trainer(recipe: Recipe, shapes: Shapes, folder: Path, steps: int) -> VL
     leave_out_cached(model, recipe)
     with torch.device(device()):
         fill_with_random(model)
-    length = recipe.data.batch_size * recipe.training["gradient_accumulation_steps"] * steps
+    # Of one step more, which memory.encode_overlap encodes beside the last: else the clock would miss a step's VGGT.
+    length = recipe.data.batch_size * recipe.training["gradient_accumulation_steps"] * (steps + 1)
     return VLATrainer(
         recipe=recipe,
         processor=None,

@@ -57,6 +57,7 @@ TRAININGS = {
     "lora_batch_1": Case("lora.json", {"data": {"batch_size": 1}}),
     "lora_1x8": Case("lora.json", ONE_BY_EIGHT),
     "lora_1x8_ahead": Case("lora.json", {**ONE_BY_EIGHT, "memory": {"encode_ahead": 8}}),
+    "lora_1x8_overlapped": Case("lora.json", {**ONE_BY_EIGHT, "memory": {"encode_ahead": 8, "encode_overlap": True}}),
     "lora_flow": Case("lora_flow.json", {}),
     "lora_discrete": Case("lora_discrete.json", {}),
 }
