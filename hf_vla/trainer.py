@@ -112,6 +112,12 @@ class VLATrainer(ResumableTrainer):
             ranks.average_gradients(self.model)
         return loss
 
+    def _prepare_input(self, data):
+        """Send a batch's tensors to the device and go on: Trainer would wait until all that runs there is done."""
+        if isinstance(data, Tensor) and not self.is_deepspeed_enabled:  # which has them in another dtype
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def _agree(self) -> None:
         fit = self.batcher.wish(partial(has_headroom, self.batcher.fit.size))
         agreed = ranks.agree(fit, self.args.device)
@@ -255,7 +261,8 @@ class VLATrainer(ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
         """Count valid action entries of all this step's micro-batches, on all ranks; Trainer only knows `labels`."""
         self._report_skipped(batch_samples)
-        count = sum((~batch["action_is_pad"]).sum() * batch["actions"].shape[-1] for batch in batch_samples).to(device)
+        count = sum((~batch["action_is_pad"]).sum() * batch["actions"].shape[-1] for batch in batch_samples)
+        count = count.to(device, non_blocking=True)
         count = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
         return count.clamp_min(1)  # where all samples of a step were skipped
 

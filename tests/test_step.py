@@ -1,5 +1,7 @@
 """What one training step does beside its arithmetic."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,42 @@ def test_a_micro_step_never_waits_for_the_gpu(tmp_path, fusion, head):
     with Waits() as waits:
         trainer.training_step(trainer.model, batch, count)
     assert not waits.seen
+
+
+class Sent(TorchDispatchMode):
+    """Notes of each copy from the host to the device whether the host goes on meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.without_waiting = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        copies = {torch.ops.aten._to_copy: (result, args[0]), torch.ops.aten.copy_: args[:2]}
+        to, source = copies.get(func._overloadpacket, (None, None))
+        if to is not None and (source.device.type, to.device.type) == ("cpu", "meta"):
+            self.without_waiting.append(kwargs.get("non_blocking", args[2:3] == (True,)))
+        return result
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "gated", "prefix"])
+@pytest.mark.parametrize("head", ["l1", "flow", "discrete"])
+def test_a_batch_is_sent_to_the_device_without_waiting_for_it(tmp_path, monkeypatch, fusion, head):
+    recipe = tiny_recipe(model={"fusion": {"type": fusion, "hidden_size": 32, "num_heads": 2}, "head": {"type": head}})
+    trainer = build_trainer(recipe, tmp_path)
+    trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    tensors = sum(isinstance(value, torch.Tensor) for value in batch.values())
+    trainer.model.to("meta")  # a device whose copies are seen, and where whoever looks at a number is told off
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+    # It has no kernel for this one.
+    monkeypatch.setattr(torch, "_sample_dirichlet", lambda parameters, generator: torch.empty_like(parameters))
+    made_of_numbers = mock.patch.object(torch, "tensor", wraps=torch.tensor)  # a copy that no mode sees
+    with Sent() as sent, made_of_numbers as made:
+        trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], trainer.args.device))
+    assert not [call for call in made.call_args_list if "meta" in str(call)]
+    assert len(sent.without_waiting) >= tensors + 1  # and the count
+    assert all(sent.without_waiting)
 
 
 class Attentions(TorchDispatchMode):

@@ -210,7 +210,8 @@ def _draw_beta(
 ) -> Tensor:
     where = device if generator is None else generator.device
     # torch.distributions.Beta calls this very function, but takes no generator.
-    parameters = torch.tensor(beta, device=where).expand(size, 2).contiguous()
+    # Filled there: a tensor made of numbers is a copy from the host, which waits for the GPU.
+    parameters = torch.stack([torch.full((size,), value, device=where) for value in beta], dim=1)
     return torch._sample_dirichlet(parameters, generator=generator)[:, 0].to(device)
 
 
