@@ -80,6 +80,12 @@ def test_overrides_reach_nested_keys(tmp_path):
         ),
         ({"model": {"vggt": {"depth": 2}, "outputs": "geometry"}}, ["model.outputs", "random", "facebook/VGGT-1B"]),
         ({"model": {"prompt": "do it"}}, ["{task}"]),
+        ({"data": {"batch_size": 0}}, ["data.batch_size is 0", "greater than or equal to 1"]),
+        ({"data": {"eval_fraction": 1.0}}, ["data.eval_fraction is 1.0", "less than 1"]),
+        ({"data": {"image_size": 84}}, ["model.pool_grid is 8", "6 x 6 patches", "112"]),
+        ({"memory": {"gpus": 0}}, ["memory.gpus is 0"]),
+        ({"training": {"gradient_accumulation_steps": 0}}, ["training.gradient_accumulation_steps is 0"]),
+        ({"training": {"max_steps": 0}}, ["training.max_steps is 0", "num_train_epochs"]),
     ],
 )
 def test_a_mistake_is_named(raw, words):

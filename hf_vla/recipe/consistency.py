@@ -14,6 +14,7 @@ def check_consistency(recipe: Recipe) -> None:
     """
     _check_geometry(recipe)
     _check_one_answer(recipe)
+    _check_counts(recipe.training)
     _check_fusion(recipe)
     _check_encode_ahead(recipe)
     _check_outputs(recipe)
@@ -25,11 +26,16 @@ def check_consistency(recipe: Recipe) -> None:
 
 def _check_geometry(recipe: Recipe) -> None:
     """Refuse shapes that no model can have."""
-    size, prompt = recipe.data.image_size, recipe.model.prompt
+    size, prompt, grid = recipe.data.image_size, recipe.model.prompt, recipe.model.pool_grid
     if size % 14 or size < 14:
         low = max(14, size // 14 * 14)
         raise RecipeError(
             f"data.image_size is {size}, not a multiple of 14 (VGGT's patch). Nearest: {low} and {low + 14}."
+        )
+    if grid > size // 14:
+        raise RecipeError(
+            f"model.pool_grid is {grid}, and data.image_size {size} gives {size // 14} x {size // 14} patches, too few to "
+            f"pool: lower pool_grid, or enlarge the pictures to {14 * grid}."
         )
     if prompt.count("{task}") != 1:
         raise RecipeError(f"model.prompt must hold {{task}} exactly once; it is {prompt!r}.")
@@ -51,8 +57,6 @@ def _check_one_answer(recipe: Recipe) -> None:
     for part in recipe.memory.cache:
         if not getattr(model, f"freeze_{part}") or part in recipe.lora.apply_to:
             raise RecipeError(f"memory.cache names {part!r}, which trains: only what stays as it is can be cached.")
-    if recipe.memory.cache_copies < 0:
-        raise RecipeError(f"memory.cache_copies is {recipe.memory.cache_copies}: give 0 or more.")
     if recipe.memory.optimizer_in_backward:
         _check_in_backward(training)
     if recipe.memory.embedding_state_bits == 8 and "8bit" not in str(training.get("optim", "")):
@@ -62,6 +66,21 @@ def _check_one_answer(recipe: Recipe) -> None:
         )
     if training.get("bf16") and training.get("fp16"):
         raise RecipeError("training.bf16 and training.fp16 are both true; bf16 is the default: set it false.")
+
+
+def _check_counts(training: dict[str, Any]) -> None:
+    """Refuse counts that TrainingArguments takes, and that end a training in its midst."""
+    for key in (
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
+        "save_steps",
+        "eval_steps",
+        "logging_steps",
+    ):
+        if training.get(key) is not None and training[key] <= 0:
+            raise RecipeError(f"training.{key} is {training[key]}; it must be above 0.")
+    if training["max_steps"] == 0:
+        raise RecipeError("training.max_steps is 0: give how many, or -1 to count by training.num_train_epochs.")
 
 
 def _check_fusion(recipe: Recipe) -> None:
@@ -133,8 +152,6 @@ def _check_data(recipe: Recipe) -> None:
             "data.action_form is 'relative', and model.head.type 'discrete' takes its levels from recorded actions: choose "
             "another head, or action_form recorded."
         )
-    if data.shuffle_episodes < 1:
-        raise RecipeError(f"data.shuffle_episodes is {data.shuffle_episodes}; it must be at least 1.")
     if recipe.memory.cache and (data.mixture or data.streaming):
         raise RecipeError(
             "memory.cache needs one dataset that lies here: set data.streaming false and data.dataset, or leave it empty."

@@ -4,12 +4,17 @@ import dataclasses
 import json
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=True))
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""Ranges outside which a number means nothing; without them it would fail, if at all, deep inside a training."""
 
 
 class RecipeError(ValueError):
@@ -37,10 +42,10 @@ class Fusion:
     """Keys of `model.fusion`; meanings in `FusionConfig`."""
 
     type: Literal["cross_attention", "prefix", "gated"] = "cross_attention"
-    hidden_size: int = 1024
-    num_layers: int = 4
-    num_heads: int = 16
-    dropout: float = 0.0
+    hidden_size: Count = 1024
+    num_layers: Whole = 4
+    num_heads: Count = 16
+    dropout: Share = 0.0
     align_weight: float = 0.0
     align_layer: int | None = None
 
@@ -50,11 +55,11 @@ class Head:
     """Keys of `model.head`; meanings in `HeadConfig`."""
 
     type: Literal["l1", "flow", "discrete"] = "l1"
-    hidden_size: int = 1024
-    num_layers: int = 2
-    num_inference_steps: int = 10
+    hidden_size: Count = 1024
+    num_layers: Whole = 2
+    num_inference_steps: Count = 10
     beta: list[float] = field(default_factory=lambda: [1.5, 1.0])
-    num_bins: int = 256
+    num_bins: Count = 256
 
 
 @_strict
@@ -79,8 +84,8 @@ class Model:
     prompt: str = "In: What action should the robot take to {task}?\nOut:"
     """Template around the instruction; holds `{task}` once."""
     vggt_layer: int = -1
-    pool_grid: int = 8
-    chunk_size: int = 16
+    pool_grid: Count = 8
+    chunk_size: Count = 16
     compile: list[Literal["vggt", "fusion", "head"]] = field(default_factory=list)
     """Parts that `torch.compile` compiles: the first steps take longer, the others less. Plans are of eager parts."""
     outputs: Literal["actions", "geometry"] = "actions"
@@ -93,9 +98,9 @@ class Lora:
 
     apply_to: list[Literal["lang_encoder", "vggt"]] = field(default_factory=list)
     """Backbones that get adapters; none by default."""
-    r: int = 16
+    r: Count = 16
     lora_alpha: int = 32
-    lora_dropout: float = 0.05
+    lora_dropout: Share = 0.05
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
@@ -147,7 +152,7 @@ class Data:
     revision: str | None = None
     views: list[View] | None = None
     """In order (view 0 is the reference frame), each a camera's name or a View; None takes the dataset's first two."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples of one GPU in one forward; the only place for it."""
     image_size: int = 518
     """Side in pixels that pictures are resized to; a multiple of 14."""
@@ -163,13 +168,13 @@ class Data:
     action_form: Literal["recorded", "relative"] = "recorded"
     """`relative` learns actions as changes from the state: for those that command positions in the state's own dimensions,
     as joint targets do. The policy's actions are as recorded either way."""
-    eval_fraction: float = 0.1
+    eval_fraction: Share = 0.1
     """Share of episodes held out, chosen by `training.seed`; at least one where it is above 0."""
-    num_workers: int = 2
+    num_workers: Whole = 2
     streaming: bool = False
     """Read episode by episode, from the folder or the Hub, without ever having the whole on disk or in memory: through an
     `IterableDataset` of `datasets`, in an order that any run can go on in."""
-    shuffle_episodes: int = 8
+    shuffle_episodes: Count = 8
     """Where streamed: episodes that each worker mixes at a time and keeps in memory."""
     mixture: list[Mixed] = field(default_factory=list)
     """Several datasets in place of `dataset`."""
@@ -182,7 +187,7 @@ class Data:
     video_backend: Literal["pyav", "torchcodec"] = "pyav"
     """What decodes videos. torchcodec is an extra that wants FFmpeg's libraries on the machine; it gives the same pictures
     for the same processor time, within 3 % (`benchmarks/results/video_decoders.json`)."""
-    picture_cache_bytes: int = 0
+    picture_cache_bytes: Whole = 0
     """Decoded pictures that each worker keeps in memory; for sets that are read many times and fit."""
 
 
@@ -193,7 +198,7 @@ class Memory:
     budget: str | None = None
     """Bytes that the run may use on one GPU, as "28GiB": training keeps to them even where more is free. None plans for what
     is free, less 10 %, and leaves the run uncapped."""
-    gpus: int | None = None
+    gpus: Count | None = None
     """Processes, one a GPU, that the recipe is for; training refuses any other number. None takes what is launched."""
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there, and free the gradient: no clipping, and no accumulation."""
@@ -216,7 +221,7 @@ class Memory:
     """What features are stored as. `auto` is the dtype in which backbones give them, that of `model.dtype`, and rounds
     nothing. Another takes less of the disk and changes the training: `float8` takes half of what `bfloat16` does, each
     number off by up to 1/16 of itself."""
-    cache_copies: int = 0
+    cache_copies: Whole = 0
     """Augmented copies of each observation that are cached, one of which is drawn each time; what augments wants some."""
     cache_budget: str | None = None
     """Bytes that one cache may take on the disk, as "200GiB"; None takes what is free."""
@@ -228,17 +233,17 @@ class Evaluation:
 
     simulator: Literal["none", "metaworld"] = "none"
     tasks: list[str] = field(default_factory=list)
-    episodes: int = 20
+    episodes: Count = 20
     """Rollouts of each task, each from a start position that training has not seen."""
-    seed: int = 10_000
+    seed: Whole = 10_000
     """First start position; recording uses seeds below it."""
-    image_size: int = 224
+    image_size: Count = 224
     field_of_view: dict[str, float] = field(default_factory=dict)
-    action_repeat: int = 4
+    action_repeat: Count = 4
     """Of the simulator: how the demonstrations were recorded."""
-    max_steps: int = 100
+    max_steps: Count = 100
     """Actions after which a rollout counts as failed."""
-    n_action_steps: int = 8
+    n_action_steps: Count = 8
     """Actions of a chunk that are carried out before the next look."""
     dataset: str | None = None
     """Of a policy of several datasets: the one whose robot is simulated, or acts."""
