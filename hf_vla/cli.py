@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
@@ -26,14 +26,22 @@ def _configure() -> None:
 def plan(
     recipe_file: Annotated[Path | None, typer.Argument(help="To plan, or search from.", metavar="[RECIPE]")] = None,
     overrides: Overrides = None,
-    budget: Annotated[str | None, typer.Option(help="As 28GiB; the recipe's, or what is free less 10 %.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="As 28GiB; by default the recipe's, or what is free less 10 %.")
+    ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that the run gets.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Their kind, by name; the one that is here.")] = None,
-    train: Annotated[str | None, typer.Option(help="Search instead: language=lora|qlora|full|frozen,vggt=…")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Of a search.")] = None,
-    effective_batch: Annotated[int, typer.Option(help="Of a search.")] = 64,
+    gpu: Annotated[str | None, typer.Option(help="Their kind, as H200; by default the one that is here.")] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="Search for what fits: language=lora (or qlora, full, frozen), vggt=frozen (or lora, full)."
+        ),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side, of a search.")] = None,
+    effective_batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, of a search.")] = 64,
     allow: Annotated[
-        list[str] | None, typer.Option(help="quantize, freeze or image_size: may change results.")
+        list[str] | None,
+        typer.Option(help="What a search may do though it changes results: quantize, freeze, image_size; repeatable."),
     ] = None,
     cached: Annotated[bool, typer.Option("--cached", help="A search may count on `hf-vla cache`.")] = False,
     output: Annotated[Path, typer.Option(help="Where a search writes the fastest recipe.")] = Path("planned.json"),
@@ -128,21 +136,25 @@ def cache(
 def evaluate(run: Run) -> None:
     """Measure a run's policy on its held-out episodes, in physical units, beside three baselines."""
     from hf_vla.evaluation import evaluate_offline
+    from hf_vla.report import write_report
 
     evaluate_offline(run)
+    typer.echo(write_report(run))
 
 
 @app.command()
-def rollout(run: Run, workers: Annotated[int, typer.Option(help="Simulators at a time.")] = 2) -> None:
+def rollout(run: Run, workers: Annotated[int, typer.Option(min=1, help="Simulators at a time.")] = 2) -> None:
     """Drive the simulated robot with a run's policy and its controls."""
     from hf_vla.evaluation import evaluate_rollouts
+    from hf_vla.report import write_report
 
     evaluate_rollouts(run, workers)
+    typer.echo(write_report(run))
 
 
 @app.command()
 def report(run: Run) -> None:
-    """Write a run's report.html anew from its files."""
+    """Write a run's report.html anew, from what its directory holds."""
     from hf_vla.report import write_report
 
     typer.echo(write_report(run))
@@ -161,7 +173,8 @@ def inspect(
     recordings = inspection.inspect(dataset, output, revision, against or [])
     for finding in recordings.findings:
         typer.echo(f"{finding.level}: {finding.text}")
-    typer.echo(f"{output}: {len(recordings.findings)} findings.")
+    count = len(recordings.findings)
+    typer.echo(f"{output}: {count} finding{'' if count == 1 else 's'}.")
     if any(finding.level == "error" for finding in recordings.findings):
         raise typer.Exit(1)
 

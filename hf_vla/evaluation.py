@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate_offline(directory: Path) -> dict[str, Any]:
     """Measure the run's policy on held-out episodes, beside three baselines, and write it into the run."""
+    run.check_finished(directory)
     recipe = load_recipe(directory / run.RECIPE)
     train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
     policy = Policy.from_pretrained(directory / run.MODEL)
@@ -109,6 +110,7 @@ def evaluate_rollouts(directory: Path, workers: int = 2) -> dict[str, Any] | Non
     Returns:
         What was written into `run.json`; None where there is no simulator to roll out in.
     """
+    run.check_finished(directory)
     recipe = load_recipe(directory / run.RECIPE)
     problem = "the recipe names no simulator" if recipe.evaluation.simulator == "none" else graphics_problem()
     if problem:
@@ -186,7 +188,8 @@ def count(condition: str, episodes: dict[str, list[EpisodeResult]]) -> dict[str,
         if condition == SWAPPED:
             table[task]["own_task_successes"] = own
             table[task]["final_measures"] = [round(result.measure, 4) for result in results]
-    table["mean_success"] = float(np.mean([row["successes"] / row["episodes"] for row in table.values()]))
+    shares = [row["successes"] / row["episodes"] for row in table.values()]
+    table["mean_success"] = float(np.mean(shares)) if shares else None  # no task has another's instruction
     return table
 
 

@@ -67,14 +67,12 @@ def show_search(
 
     Raises:
         ValueError: for an unknown change to allow, or no budget to search within.
-        FileExistsError: if `output` is there already.
+        FileExistsError, FileNotFoundError: if `output` is there already, or its folder isn't.
         MemoryBudgetError: if nothing fits; the recipe of the smallest budget that works is written to `output` then.
     """
     unknown = set(allow) - set(ALLOW)
     if unknown:
         raise ValueError(f"--allow takes {', '.join(ALLOW)}, not {', '.join(sorted(unknown))}.")
-    if output.exists():
-        raise FileExistsError(f"{output} is there already: choose another --output.")
     wish = Wish(
         **parse_train(train),
         image_size=image_size,
@@ -83,6 +81,10 @@ def show_search(
         allow=tuple(allow),
         cached=cached,
     )
+    if output.exists():
+        raise FileExistsError(f"{output} is there already: choose another --output.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent} to write it into.")
     base = base or make_recipe({})
     settled = find_budget(base, budget, wish.gpus)
     if settled is None:

@@ -176,8 +176,10 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path, lora_run):
 def test_a_hub_that_refuses_or_is_away_is_one_clear_error(hub, lora_run, monkeypatch):
     with pytest.raises(PermissionError, match="may not write to grace/faucets"):
         push(lora_run, "grace/faucets")
-    with pytest.raises(ValueError, match="no name of a repository"):
+    with pytest.raises(ValueError, match=r"set hub\.repo_id"):
         push(lora_run)
+    with pytest.raises(ValueError, match="'faucets' is no name of a repository"):
+        push(lora_run, "faucets")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PermissionError, match="hf auth login"):
         push(lora_run, REPO)

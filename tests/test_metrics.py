@@ -8,7 +8,7 @@ from lerobot_folders import write_v3
 from hf_vla.data.lerobot_format import open_dataset
 from hf_vla.data.mixture import CameraView
 from hf_vla.data.windows import WindowDataset
-from hf_vla.evaluation import POLICY, count, describe_counts
+from hf_vla.evaluation import POLICY, SWAPPED, count, describe_counts
 from hf_vla.rollout.baselines import commands_position, hold_still, mean_action, nearest_state
 from hf_vla.rollout.loop import EpisodeResult
 from hf_vla.rollout.metrics import (
@@ -207,3 +207,8 @@ def test_the_gripper_is_found_by_name_or_is_the_last_of_unnamed():
 def test_rollouts_are_told_task_by_task():
     counts = count(POLICY, {"reach-v3": [EpisodeResult(0, True, 1, 0.0), EpisodeResult(1, False, 1, 0.0)]})
     assert describe_counts(counts) == "reach-v3 1/2"
+
+
+def test_where_no_task_was_rolled_out_there_is_no_mean():
+    counts = count(SWAPPED, {})
+    assert (counts["mean_success"], describe_counts(counts)) == (None, "no task")

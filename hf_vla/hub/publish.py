@@ -45,7 +45,9 @@ def push(run_dir: Path, repo_id: str | None = None, private: bool | None = None,
     hub = load_recipe(run_dir / run.RECIPE).hub
     repo_id = repo_id or hub.repo_id
     private = hub.private if private is None else private
-    if repo_id is None or repo_id.count("/") != 1:
+    if repo_id is None:
+        raise ValueError("No repository is named: give user/name, or set hub.repo_id in the recipe.")
+    if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} is no name of a repository: give it as user/name.")
     if not merged:
         return _send(run_dir, run_dir / run.MODEL, repo_id, private)

@@ -33,8 +33,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.json")]
-        raise RecipeError(f"{path}: no such recipe file. {_suggest(path.name, siblings)}")
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1, cutoff=0.5)
+        raise RecipeError(f"{path}: no such recipe file." + (f" Did you mean {near[0]!r}?" if near else ""))
     try:
         raw = _parse(path)
     except RecipeError as error:
