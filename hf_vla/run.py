@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import hf_vla
-from hf_vla.recipe import Recipe
+from hf_vla.recipe import Recipe, load_recipe
 
 RECIPE = "recipe.json"
 INFO = "run.json"
@@ -56,12 +56,27 @@ def check_finished(directory: str | Path) -> None:
 
 
 def open_run(directory: str | Path, recipe: Recipe) -> None:
-    """Make a run directory and write into it what is going to run; once there, it is only added to."""
+    """Make a run directory and write into it what is going to run; one that goes on may do so by another recipe."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / RECIPE).exists():
         update_info(directory, describe_process())
-        write_json(directory / RECIPE, recipe.to_dict())  # last: with it, there is a run
+    write_json(directory / RECIPE, recipe.to_dict())  # last: with it, there is a run
+
+
+def describe_changes(directory: str | Path, recipe: Recipe) -> list[str]:
+    """Say which keys of the recipe aren't what the run's own has; `about` changes nothing."""
+    before, now = (_settings(r.to_dict()) for r in (load_recipe(Path(directory) / RECIPE), recipe))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith("about.")]
+    return [f"{key} was {json.dumps(before.get(key))} and is {json.dumps(now.get(key))}" for key in keys]
+
+
+def _settings(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a recipe's sections into dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def describe_process() -> dict[str, Any]:

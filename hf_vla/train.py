@@ -44,13 +44,14 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
 
     Raises:
         RecipeError: if the recipe can't be run here as it stands.
-        FileExistsError: if the directory already holds a run.
+        FileExistsError: if the directory already holds a run, or one to resume that is over.
         MemoryBudgetError: if the budget is too small to begin with, or nothing is left to try.
     """
     resume = resume or (is_restarted() and (output / run.RECIPE).exists())
     check_processes(recipe)
     keep_to_budget(recipe, PartialState().num_processes)
     run.check_directory(output, resume)
+    checkpoint = find_checkpoint(output, recipe) if resume else None
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
@@ -58,7 +59,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         if recipe.memory.cache:
             run.update_info(output, {"cache": caches_of(trainer.train_dataset)})
     trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))
-    result = trainer.train(resume_from_checkpoint=find_checkpoint(output) if resume else None)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_policy(output / run.MODEL)
     if trainer.is_world_process_zero():
         write_results(trainer, result.metrics, output)
@@ -69,14 +70,21 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     return output
 
 
-def find_checkpoint(output: Path) -> str | None:
-    """Find the newest whole checkpoint to go on from, and say so, and what was passed over."""
+def find_checkpoint(output: Path, recipe: Recipe) -> str | None:
+    """Find the newest whole checkpoint to go on from, and say so, what was passed over, and what the recipe changes.
+
+    Raises:
+        FileExistsError: for a finished run without one, which would be trained again from its start.
+    """
     found = saving.find(output)
+    if found.checkpoint is None and "finished" in run.read_info(output):
+        raise FileExistsError(f"{output} has finished and kept no checkpoint to go on from: choose another --output.")
     step = 0 if found.checkpoint is None else int(found.checkpoint.name.partition("-")[2])
     texts = [f"{trouble}: it is passed over." for trouble in found.skipped]
     texts.append(
         f"Going on from {found.checkpoint.name if found.checkpoint else 'the start: there is no checkpoint yet'}."
     )
+    texts += [f"The run goes on by another recipe: {change}." for change in run.describe_changes(output, recipe)]
     for text in texts:
         logger.info(text)
         if PartialState().is_main_process:
@@ -123,7 +131,7 @@ def write_results(trainer: VLATrainer, metrics: dict[str, float], output: Path) 
         "samples_per_second": metrics["train_samples_per_second"],
         "steps": trainer.state.global_step,
         "parameters": count_parameters(trainer.bare_model()),
-        "train": {"loss": trainer.mean_loss},
+        "train": {"loss": trainer.mean_loss, "eval_loss": last_eval_loss(trainer.state.log_history)},
         "memory": {
             "planned_peak_bytes": trainer.monitor.plan["planned_peak"],
             "budget_bytes": trainer.monitor.plan["budget"],
@@ -132,6 +140,11 @@ def write_results(trainer: VLATrainer, metrics: dict[str, float], output: Path) 
     }
     run.update_info(output, results)
     write_report(output)
+
+
+def last_eval_loss(history: list[dict[str, float]]) -> float | None:
+    """Give the last loss on held-out episodes; None where none was measured."""
+    return next((entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry), None)
 
 
 def main(

@@ -121,6 +121,30 @@ def test_the_run_directory_says_what_happened(tmp_path):
     assert json.loads((run / "recipe.json").read_text())["data"]["batch_size"] == 4
 
 
+def test_the_held_out_loss_is_the_last_one(tmp_path):
+    run = train(tiny_recipe(training={"eval_strategy": "steps", "eval_steps": 1}), tmp_path / "run")
+    losses = [e["eval_loss"] for e in json.loads((run / "log_history.json").read_text()) if "eval_loss" in e]
+    assert len(set(losses)) == 2
+    assert json.loads((run / "run.json").read_text())["train"]["eval_loss"] == losses[-1]
+
+
+def test_a_run_that_goes_on_by_another_recipe_says_so_and_keeps_that(tmp_path):
+    train(tiny_recipe(training={"save_steps": 2}), tmp_path / "run")
+    train(tiny_recipe(training={"max_steps": 3, "save_steps": 2}), tmp_path / "run", resume=True)
+    events = [event["text"] for event in json.loads((tmp_path / "run/run.json").read_text())["events"]]
+    assert "The run goes on by another recipe: training.max_steps was 2 and is 3." in events
+    assert len(events) == 2  # and where it goes on from
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["training"]["max_steps"] == 3
+
+
+def test_a_finished_run_without_a_checkpoint_isnt_trained_again(tmp_path):
+    run = train(tiny_recipe(training={"save_strategy": "no"}), tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="kept no checkpoint"):
+        train(tiny_recipe(training={"save_strategy": "no"}), run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
     """`accelerate launch` on the released recipe, with tiny checkpoints in the released ones' formats."""
