@@ -11,7 +11,8 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # name can never pull the CUDA packages.
 CPU_TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-LAUNCH := $(BIN)/accelerate launch
+# Quiet: of a training that fails it would print its own traceback below the reason.
+LAUNCH := $(BIN)/accelerate launch --quiet
 
 .PHONY: install train-tiny train-safe train-balanced train-max train-lora train-qlora plan doctor style quality test test-slow \
         test-sim test-gpu clean

@@ -71,7 +71,7 @@ def record(dataset: Path) -> Path:
 
 def train(dataset: Path, directory: Path) -> None:
     """Train the tiny recipe on every core, in a process of its own, as a user would."""
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
     plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]
     script = [ROOT / "hf_vla/train.py", RECIPE, "--set", f"data.dataset={dataset}", "--output", directory]
     run(sys.executable, *launch, *plain, *script)
