@@ -12,7 +12,7 @@ Record the data with
         --episodes 150 --image-size 84 --action-repeat 4 --field-of-view corner2=30
 
 To see only that all of it runs: `--dataset tests/data/metaworld_sample --seeds 1 --starts 2 --steps 2 --cases 2
---folder /tmp/smoke --results /tmp/smoke`.
+--folder runs/smoke --results runs/smoke`.
 """
 
 import argparse

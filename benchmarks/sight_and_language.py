@@ -8,7 +8,7 @@ interval of the difference in success lies above zero on both tasks. Language: o
 told to turn the faucet the other way; counted is how often it then does. `make train-tiny` records the dataset.
 
 To see only that all of it runs: `--dataset tests/data/metaworld_sample --seeds 1 --starts 2 --set training.max_steps=2
---folder /tmp/smoke --results /tmp/smoke`.
+--folder runs/smoke --results runs/smoke`.
 """
 
 import argparse
