@@ -33,6 +33,8 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     model = build_model(
         recipe, build_config(recipe, len(views), info.state_dim, info.action_dim), without=list(caches)
     )
+    # As Trainer does, and warns of it. Not before the model is built: that would change its embedding of padding.
+    model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
     if recipe.model.head.type == "discrete":
         fit_levels(model, processor, train_data)
     train_data, eval_data = read_from_caches(recipe, caches, train_data, eval_data)
