@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
+from hf_vla.console import set_up_logging
 from hf_vla.model.configuration_vla import VGGTConfig
 from hf_vla.model.modeling_vggt import VGGTModel
 from hf_vla.model.vggt_heads import DPTHead, GeometryConfig, VGGTGeometry
@@ -47,6 +48,7 @@ def main(
     """Write FOLDER/vggt and FOLDER/llama."""
     if size not in SIZES:
         raise typer.BadParameter(f"{size!r}: the sizes are {', '.join(SIZES)}.")
+    set_up_logging()
     torch.manual_seed(seed)
     try:
         write_vggt(folder / "vggt", SIZES[size], image_size)

@@ -245,16 +245,19 @@ def main(
 
 
 def _task_and_count(word: str, episodes: int) -> tuple[str, int]:
-    name, _, count = word.partition("=")
+    name, equals, count = word.partition("=")
     instruction_of(name)  # raises for a task that doesn't exist
+    if equals and not (count.isdecimal() and int(count)):
+        raise ValueError(f"--task takes NAME or NAME=EPISODES, such as reach-v3=50, not {word!r}.")
     return name, int(count or episodes)
 
 
 def _camera_and_angle(word: str) -> tuple[str, float]:
-    camera, equals, degrees = word.partition("=")
-    if not equals:
-        raise ValueError(f"--field-of-view takes CAMERA=DEGREES, such as corner2=30, not {word!r}.")
-    return camera, float(degrees)
+    camera, _, degrees = word.partition("=")
+    try:
+        return camera, float(degrees)
+    except ValueError:
+        raise ValueError(f"--field-of-view takes CAMERA=DEGREES, such as corner2=30, not {word!r}.") from None
 
 
 def success_table(tallies: dict[str, Tally]) -> Table:

@@ -10,7 +10,7 @@ from rich.console import Console
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 
 
@@ -162,10 +162,14 @@ def report(run: Run) -> None:
 
 @app.command()
 def inspect(
-    dataset: Annotated[str, typer.Argument(help="Folder or Hub id; LeRobot or RLDS.", metavar="DATASET")],
+    dataset: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a LeRobot dataset, or a folder of RLDS.", metavar="DATASET")
+    ],
     output: Annotated[Path, typer.Option(help="The page.")] = Path("inspection.html"),
     revision: Annotated[str | None, typer.Option(help="Of a Hub repo.")] = None,
-    against: Annotated[list[str] | None, typer.Option(help="A dataset that is judged by; may be repeated.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A dataset to judge by, which may share no episode; repeatable.")
+    ] = None,
 ) -> None:
     """Look for what is wrong with a dataset, and write one HTML page; exit code 1: something spoils training."""
     from hf_vla import inspection

@@ -149,7 +149,7 @@ def last_eval_loss(history: list[dict[str, float]]) -> float | None:
 
 def main(
     recipe_file: Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Train even if the doctor advises against it.")] = False,

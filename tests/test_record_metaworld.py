@@ -79,7 +79,10 @@ def record(out, *options):
     ("options", "message"),
     [
         (["--task", "reac-v3"], "no task 'reac-v3'. Did you mean reach-v3"),
+        (["--task", "reach-v3=many"], "NAME=EPISODES"),
+        (["--task", "reach-v3=0"], "NAME=EPISODES"),
         (["--task", "reach-v3", "--field-of-view", "30"], "takes CAMERA=DEGREES"),
+        (["--task", "reach-v3", "--field-of-view", "corner2=wide"], "takes CAMERA=DEGREES"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(tmp_path, options, message):

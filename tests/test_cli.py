@@ -1,0 +1,37 @@
+"""What a person at the terminal is told: where an answer is, and one reason for each mistake."""
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_vla.cli import app
+from hf_vla.train import train
+from tests.tiny_run import tiny_recipe
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_evaluating_writes_the_report_anew_and_says_where(tmp_path):
+    run = train(tiny_recipe(), tmp_path / "run")
+    assert "run.json has no <code>offline</code>" in (run / "report.html").read_text()
+    said = call("evaluate", run)
+    assert (said.exit_code, said.stdout) == (0, f"{run / 'report.html'}\n")
+    assert "Mean absolute error of predicted actions" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "rollout", "merge", "push"])
+def test_a_folder_that_is_no_run_is_named(tmp_path, command):
+    error = call(command, tmp_path / "none").exception
+    assert isinstance(error, FileNotFoundError)
+    assert "none has no run.json, so it isn't a run directory" in str(error)
+
+
+def test_a_search_names_its_own_mistakes_before_those_of_its_output(tmp_path):
+    there = tmp_path / "planned.json"
+    there.touch()
+    search = ("plan", "--budget", "28GiB", "--output", there)
+    assert "'lang=lora' isn't a part" in str(call(*search, "--train", "lang=lora").exception)
+    assert "is there already" in str(call(*search, "--train", "language=lora").exception)
+    nowhere = call("plan", "--budget", "28GiB", "--train", "language=lora", "--output", tmp_path / "no/planned.json")
+    assert "there is no folder" in str(nowhere.exception)
