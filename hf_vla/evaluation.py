@@ -32,7 +32,7 @@ from hf_vla.rollout.loop import (
     split_job,
 )
 from hf_vla.rollout.metaworld_env import ACTION_NAMES, CAMERAS, MetaWorldEnv, graphics_problem, instruction_of
-from hf_vla.rollout.metrics import offline_report, read_windows, wilson_interval
+from hf_vla.rollout.metrics import SuccessRate, offline_report, read_windows
 from hf_vla.sample import Sample
 
 POLICY, BLIND, SWAPPED, RANDOM, EXPERT = "policy", "without_pictures", "swapped_instruction", "random", "expert"
@@ -178,18 +178,14 @@ def count(condition: str, episodes: dict[str, list[EpisodeResult]]) -> dict[str,
     """
     table: dict[str, Any] = {}
     for task, results in episodes.items():
-        own = sum(result.success for result in results)
-        successes = sum(_turned_the_other_way(task, result) for result in results) if condition == SWAPPED else own
-        table[task] = {
-            "successes": successes,
-            "episodes": len(results),
-            "interval": wilson_interval(successes, len(results)),
-        }
+        own = [result.success for result in results]
+        counted = [_turned_the_other_way(task, result) for result in results] if condition == SWAPPED else own
+        table[task] = SuccessRate().compute(predictions=counted)
         if condition == SWAPPED:
-            table[task]["own_task_successes"] = own
+            table[task]["own_task_successes"] = sum(own)
             table[task]["final_measures"] = [round(result.measure, 4) for result in results]
-    shares = [row["successes"] / row["episodes"] for row in table.values()]
-    table["mean_success"] = float(np.mean(shares)) if shares else None  # no task has another's instruction
+    rates = [row["success_rate"] for row in table.values()]
+    table["mean_success"] = float(np.mean(rates)) if rates else None  # no task has another's instruction
     return table
 
 

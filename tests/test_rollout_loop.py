@@ -10,7 +10,6 @@ import torch
 from hf_vla.rollout.loop import (
     EnvStep,
     ExpertPolicy,
-    HoldStillPolicy,
     Job,
     RandomPolicy,
     contact_sheet,
@@ -53,6 +52,18 @@ class LineEnv:
         self.closed = True
 
 
+class HoldStillPolicy:
+    """Command no movement, without looking."""
+
+    needs_observation = False
+
+    def reset(self):
+        pass
+
+    def select_action(self, observation):
+        return np.zeros(1, np.float32)
+
+
 class TwoStepPolicy:
     """Look, then do the same thing twice."""
 
@@ -86,7 +97,7 @@ def test_episode_ends_on_success_and_reports_where_it_started():
 
 
 def test_episode_stops_at_max_steps_with_the_last_measure():
-    (result,) = run_episodes(LineEnv(), HoldStillPolicy(1), [4], max_steps=6)
+    (result,) = run_episodes(LineEnv(), HoldStillPolicy(), [4], max_steps=6)
     assert (result.success, result.steps, result.measure) == (False, 6, 4.0)
 
 
@@ -107,7 +118,7 @@ def test_frames_are_small_copies_side_by_side():
 
 
 def test_max_steps_of_zero_leaves_no_measure():
-    (result,) = run_episodes(LineEnv(), HoldStillPolicy(1), [1], max_steps=0)
+    (result,) = run_episodes(LineEnv(), HoldStillPolicy(), [1], max_steps=0)
     assert math.isnan(result.measure) and not result.success
 
 
@@ -152,4 +163,4 @@ def test_contact_sheet_has_a_row_an_episode_and_spans_it():
 
 def test_contact_sheet_of_nothing_says_so():
     with pytest.raises(ValueError, match="no frames"):
-        contact_sheet(run_episodes(LineEnv(), HoldStillPolicy(1), [2], max_steps=2))
+        contact_sheet(run_episodes(LineEnv(), HoldStillPolicy(), [2], max_steps=2))

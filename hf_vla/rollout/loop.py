@@ -128,22 +128,6 @@ class RandomPolicy:
         return (self._low + (self._high - self._low) * draw).numpy()
 
 
-class HoldStillPolicy:
-    """Command no movement: what a task's start position gives away."""
-
-    needs_observation = False
-
-    def __init__(self, action_dim: int):
-        self._action = np.zeros(action_dim, np.float32)
-
-    def reset(self) -> None:
-        """Do nothing: there is no memory."""
-
-    def select_action(self, observation: dict[str, Any] | None) -> np.ndarray:
-        """Return (A,) zeros."""
-        return self._action
-
-
 class ExpertPolicy:
     """Do what the environment's own expert would: what is possible at most."""
 

@@ -132,14 +132,10 @@ class MetaWorldEnv:
         return EnvStep(success, self._measure(info))
 
     def _measure(self, info: Mapping[str, Any]) -> float:
+        """Give a faucet's angle in rad, positive when open; of other tasks the distance left in m."""
         if self.task in MEASURED_JOINTS:
             return float(self._env.data.joint(MEASURED_JOINTS[self.task]).qpos[0])
         return float(info["obj_to_target"])
-
-    @property
-    def measure_name(self) -> str:
-        """What `EnvStep.measure` is: a faucet's angle in rad, positive when open; else the distance left in m."""
-        return "joint_angle_rad" if self.task in MEASURED_JOINTS else "goal_distance_m"
 
     def expert_action(self) -> np.ndarray:
         """Return what Meta-World's scripted policy would do now, (4,) float32 in [-1, 1].
