@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed.checkpoint.state_dict as sharded
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -68,6 +69,7 @@ def load_checkpoint(source: str | Path) -> tuple[VLAForActionPrediction, VLAProc
 
     Raises:
         FileNotFoundError: if the source isn't there or is no checkpoint, saying what is missing.
+        ValueError: if a file of weights is damaged, or holds other weights than the recipe's model.
     """
     directory = find_folder(str(source))
     for name in (RECIPE, "config.json"):
@@ -76,11 +78,18 @@ def load_checkpoint(source: str | Path) -> tuple[VLAForActionPrediction, VLAProc
     register_auto_classes()  # or transformers asks on the terminal whether to run the code that lies beside the weights
     recipe = load_recipe(directory / RECIPE)
     processor = VLAProcessor.from_pretrained(directory)
+    try:
+        return _load_model(recipe, directory), processor, recipe
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: its weights are damaged ({error}). Copy or fetch it again.") from None
+
+
+def _load_model(recipe: Recipe, directory: Path) -> VLAForActionPrediction:
     if (directory / WHOLE).is_file():
-        return VLAForActionPrediction.from_pretrained(directory), processor, recipe
+        return VLAForActionPrediction.from_pretrained(directory)
     model = build_model(recipe, VLAConfig.from_pretrained(directory))
     load_trained(model, recipe, directory)
-    return model, processor, recipe
+    return model
 
 
 def load_trained(model: VLAForActionPrediction, recipe: Recipe, directory: str | Path) -> None:

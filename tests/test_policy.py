@@ -48,6 +48,15 @@ def test_a_missing_camera_is_named(run):
         Policy.from_pretrained(run / "model").select_action(look(0, "corner2"))
 
 
+@pytest.mark.parametrize("sections", [{}, {"model": {"freeze_vggt": True}, "lora": {"apply_to": ["vggt"], "r": 2}}])
+def test_damaged_weights_are_said(tmp_path, sections):
+    model = train(tiny_recipe(**sections), tmp_path / "run") / "model"
+    for file in model.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model: its weights are damaged .*Copy or fetch"):
+        Policy.from_pretrained(model)
+
+
 def test_view_order_travels_with_the_checkpoint(run_of_moments):
     assert Policy.from_pretrained(run_of_moments / "model").processor.views == [
         "corner2",

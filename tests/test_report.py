@@ -251,6 +251,14 @@ def test_thinned_memory_keeps_its_highest_step():
     assert "highest of 7" in chart.note
 
 
+def test_memory_of_steps_that_were_done_again_is_drawn_once():
+    steps = [
+        MemoryLine(step=step, allocated_peak=2**30 * size) for step, size in ((1, 1), (2, 2), (3, 3), (2, 4), (3, 5))
+    ]
+    (line,) = memory_chart(steps, []).lines
+    assert (line.x, line.y) == ([1, 2, 3], [1, 4, 5])
+
+
 def test_memory_of_a_run_without_a_gpu_is_the_hosts(full_run):
     (full_run / "memory.jsonl").write_text('{"step": 1, "allocated_peak": null, "host_rss": 2147483648}\n')
     assert "GiB of host memory" in words_of(page_of(full_run))

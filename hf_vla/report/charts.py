@@ -72,6 +72,7 @@ def memory_chart(memory: list[MemoryLine], events: list[Event]) -> Chart | None:
     Where there is no GPU it draws the host's memory that the process holds.
     """
     title = "GiB on this process's GPU"
+    memory = list({line.step: line for line in memory}.values())  # a run that goes on does some steps again
     lines = [
         _line("allocated by this run, peak", memory, "allocated_peak", reduce=max, scale=2**30),
         _line("reserved by this run, peak", memory, "reserved_peak", "first", "dotted", reduce=max, scale=2**30),
