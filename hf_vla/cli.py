@@ -41,7 +41,7 @@ def plan(
     effective_batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, of a search.")] = 64,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="What a search may do though it changes results: quantize, freeze, image_size; repeatable."),
+        typer.Option(help="What a search may do though it changes results: quantize,freeze,image_size."),
     ] = None,
     cached: Annotated[bool, typer.Option("--cached", help="A search may count on `hf-vla cache`.")] = False,
     output: Annotated[Path, typer.Option(help="Where a search writes the fastest recipe.")] = Path("planned.json"),

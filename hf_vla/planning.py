@@ -70,6 +70,7 @@ def show_search(
         FileExistsError, FileNotFoundError: if `output` is there already, or its folder isn't.
         MemoryBudgetError: if nothing fits; the recipe of the smallest budget that works is written to `output` then.
     """
+    allow = [name for names in allow for name in names.split(",")]
     unknown = set(allow) - set(ALLOW)
     if unknown:
         raise ValueError(f"--allow takes {', '.join(ALLOW)}, not {', '.join(sorted(unknown))}.")
@@ -81,19 +82,8 @@ def show_search(
         allow=tuple(allow),
         cached=cached,
     )
-    if output.exists():
-        raise FileExistsError(f"{output} is there already: choose another --output.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent} to write it into.")
-    base = base or make_recipe({})
-    settled = find_budget(base, budget, wish.gpus)
-    if settled is None:
-        raise ValueError("There is no GPU here to tell what is free: give --budget, as 28GiB.")
-    try:
-        found = search(wish, settled, base, gpu)
-    except MemoryBudgetError as error:
-        error.recipe.save(output)
-        raise MemoryBudgetError(f"{error} The recipe for it is written to {output}.", error.recipe) from None
+    _check_free(output)
+    found = _find(wish, budget, base or make_recipe({}), gpu, output)
     _as_planned(found[0], budget).save(output)
     facts = [
         {"rungs": list(c.rungs), "changes": list(c.changes), "recipe": c.recipe.to_dict(), **c.plan.to_dict()}
@@ -101,6 +91,26 @@ def show_search(
     ]
     fastest = render_plan(found[0].plan, title=f"Fastest, written to {output}")
     return Shown(Group(render_candidates(found), "", fastest), facts, fits=True)
+
+
+def _check_free(output: Path) -> None:
+    """Refuse, before a search of half a minute, a place that it couldn't write into."""
+    if output.exists():
+        raise FileExistsError(f"{output} is there already: choose another --output.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent} to write it into.")
+
+
+def _find(wish: Wish, budget: str | None, base: Recipe, gpu: str | None, output: Path) -> list[Candidate]:
+    """Search; where nothing fits, write the recipe of the smallest budget that works."""
+    settled = find_budget(base, budget, wish.gpus)
+    if settled is None:
+        raise ValueError("There is no GPU here to tell what is free: give --budget, as 28GiB.")
+    try:
+        return search(wish, settled, base, gpu)
+    except MemoryBudgetError as error:
+        error.recipe.save(output)
+        raise MemoryBudgetError(f"{error} The recipe for it is written to {output}.", error.recipe) from None
 
 
 def _as_planned(candidate: Candidate, budget: str | None) -> Recipe:

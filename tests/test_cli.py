@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from hf_vla import planning
 from hf_vla.cli import app
 from hf_vla.train import train
 from tests.tiny_run import tiny_recipe
@@ -35,3 +36,12 @@ def test_a_search_names_its_own_mistakes_before_those_of_its_output(tmp_path):
     assert "is there already" in str(call(*search, "--train", "language=lora").exception)
     nowhere = call("plan", "--budget", "28GiB", "--train", "language=lora", "--output", tmp_path / "no/planned.json")
     assert "there is no folder" in str(nowhere.exception)
+
+
+def test_changes_are_allowed_as_the_search_proposes_them(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(planning, "search", lambda wish, *rest: asked.append(wish.allow) or [][0])
+    search = ("plan", "--budget", "28GiB", "--output", tmp_path / "planned.json", "--train", "language=full")
+    for words in (["--allow", "quantize,freeze"], ["--allow", "quantize", "--allow", "freeze"]):
+        assert isinstance(call(*search, *words).exception, IndexError)
+    assert asked == [("quantize", "freeze")] * 2

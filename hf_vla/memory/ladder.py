@@ -265,7 +265,7 @@ def _nothing_fits(leanest: _Way, budget: int, gpu: GPU, shapes: Shapes, wish: Wi
     plan = plan_recipe(leanest.recipe, budget, gpu=gpu.name, shapes=shapes)
     smallest = f"{math.ceil(100 * plan.total / GIB) / 100:.2f} GiB"
     rungs = ", ".join(leanest.rungs) or "no rung at all"
-    unused = [name for name in ALLOW if name not in wish.allow]
+    unused = [name for name in ALLOW if name not in wish.allow and allowed_changes(replace(wish, allow=(name,)))[1:]]
     hint = f" Changes of the results, if allowed, may help: --allow {','.join(unused)}." if unused else ""
     text = (
         f"Nothing fits {format_size(budget)}. The smallest budget that works is {smallest} a GPU: "
