@@ -168,7 +168,7 @@ def inspect(
     output: Annotated[Path, typer.Option(help="The page.")] = Path("inspection.html"),
     revision: Annotated[str | None, typer.Option(help="Of a Hub repo.")] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A dataset to judge by, which may share no episode; repeatable.")
+        list[str] | None, typer.Option(help="A dataset to judge by; it must share no episode. Repeatable.")
     ] = None,
 ) -> None:
     """Look for what is wrong with a dataset, and write one HTML page; exit code 1: something spoils training."""
