@@ -142,7 +142,9 @@ def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     weights = [mixed.weight for mixed in data.mixture]
     if data.mixture and data.dataset is not None:
-        raise RecipeError("data.dataset and data.mixture both name datasets: put the one into the other.")
+        raise RecipeError(
+            "data.dataset and data.mixture both name datasets: set data.dataset to null, or leave out the mixture."
+        )
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
         raise RecipeError(f"data.mixture: give a weight to each of the {len(weights)} datasets, or to none.")
     if any(weight is not None and weight <= 0 for weight in weights):
