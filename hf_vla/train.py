@@ -28,6 +28,7 @@ from hf_vla.memory.preflight import run_checks
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe, RecipeError, load_recipe
 from hf_vla.report import write_report
+from hf_vla.stopping import StopWhenAsked
 from hf_vla.trainer import VLATrainer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         RecipeError: if the recipe can't be run here as it stands.
         FileExistsError: if the directory already holds a run, or one to resume that is over.
         MemoryBudgetError: if the budget is too small to begin with, or nothing is left to try.
+        SystemExit: when it was asked to stop by SIGTERM or Ctrl-C, with a checkpoint written.
     """
     resume = resume or (is_restarted() and (output / run.RECIPE).exists())
     check_processes(recipe)
@@ -59,7 +61,13 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         if recipe.memory.cache:
             run.update_info(output, {"cache": caches_of(trainer.train_dataset)})
     trainer.watch_memory(MemoryMonitor(output, plan and plan.total, plan and plan.budget))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with StopWhenAsked() as asked:
+        trainer.add_callback(asked)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if asked.has_stopped and trainer.state.global_step < trainer.state.max_steps:
+        steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        trainer.tell("stopped", f"Stopped at {steps}, as asked: --resume goes on from there.")
+        raise SystemExit(asked.exit_code)
     trainer.save_policy(output / run.MODEL)
     if trainer.is_world_process_zero():
         write_results(trainer, result.metrics, output)

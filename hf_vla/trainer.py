@@ -352,7 +352,7 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
             "training.fp16 is true, but there is no GPU, and CPUs train silently in float32 then: "
             "set it false (training.bf16 works on a CPU)."
         )
-    for key in ("dataloader_drop_last", "ignore_data_skip"):
+    for key in ("dataloader_drop_last", "ignore_data_skip", "enable_jit_checkpoint"):
         if values.get(key):
             raise RecipeError(
                 f"training.{key} can't be true: every sample is seen once an epoch, also in a run that goes on."

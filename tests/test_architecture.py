@@ -32,6 +32,7 @@ ALLOWED = {
     "progress": {"data", "run"},
     "resumable": {"data", "progress", "saving"},
     "trainer": {"recipe", "model", "checkpoint", "memory", "assemble", "lora", "run", "resumable"},
+    "stopping": {"memory"},
     "rollout": {"console", "sample", "data"},
     "memory": {
         "console",

@@ -225,6 +225,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(tmp_path):
         ({"memory": {"cache": ["vggt"]}, "model": FROZEN}, RecipeError, "makes at random"),
         ({"training": {"save_strategy": "sometimes"}}, RecipeError, "sometimes"),
         ({"training": {"dataloader_drop_last": True}}, RecipeError, "every sample is seen once"),
+        ({"training": {"enable_jit_checkpoint": True}}, RecipeError, "every sample is seen once"),
         ({"model": {"vggt": "no/such/weights.safetensors"}}, FileNotFoundError, "no/such"),
     ],
 )

@@ -34,6 +34,15 @@ def agree(fit: Fit, device: torch.device) -> Fit:
     return Fit(-size, rungs, bool(is_exhausted))
 
 
+def any_of_them(is_so: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    if is_alone():
+        return is_so
+    said = torch.tensor(int(is_so), device=device)
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
+
+
 def average_gradients(model: nn.Module) -> None:
     """Average the gradients of all ranks, in place; a parameter that got none on any rank stays without."""
     if is_alone():

@@ -1,0 +1,98 @@
+"""Asked to stop, a training ends its step and leaves a checkpoint that it goes on from to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.killed import compare
+from hf_vla import saving
+from hf_vla.recipe import Recipe
+from hf_vla.run import read_info
+from hf_vla.stopping import StopWhenAsked
+from hf_vla.train import train
+from tests.tiny_run import tiny_recipe
+
+STEPS = 60
+
+
+def recipe(**training) -> Recipe:
+    plan = {"max_steps": STEPS, "logging_steps": 7, "save_steps": STEPS, "lr_scheduler_type": "cosine"}
+    return tiny_recipe(
+        model={"fusion": {"dropout": 0.2}},
+        data={"num_workers": 1},
+        training={**plan, "save_total_limit": 1, **training},
+    )
+
+
+def start(directory: Path, wanted: Recipe) -> subprocess.Popen:
+    """Train in a process of its own, as a user would, and wait until it has done some steps."""
+    file = directory.with_suffix(".json")
+    file.write_text(json.dumps(wanted.to_dict()))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_vla.train", file, "--output", directory],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    steps = directory / "memory.jsonl"
+    while process.poll() is None and not (steps.exists() and steps.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, number):
+    process = start(tmp_path / "run", recipe())
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    info = read_info(tmp_path / "run")
+    assert "finished" not in info and not (tmp_path / "run/model").exists()
+    assert info["events"][-1]["kind"] == "stopped"
+    step = int(saving.find(tmp_path / "run").checkpoint.name.removeprefix("checkpoint-"))
+    assert 3 <= step < STEPS
+    assert f"Stopped at step {step} of {STEPS}, as asked: --resume goes on from there." in output
+    assert "Traceback" not in output
+
+    train(recipe(), tmp_path / "run", resume=True)
+    expected = train(recipe(), tmp_path / "expected")
+    assert compare(tmp_path / "run", expected) == []
+
+
+@pytest.mark.slow
+def test_an_epoch_that_was_left_halfway_is_neither_evaluated_nor_counted_as_done(tmp_path):
+    by_epoch = {"max_steps": -1, "num_train_epochs": 4, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    process = start(tmp_path / "run", recipe(**by_epoch))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    train(recipe(**by_epoch), tmp_path / "run", resume=True)
+    assert compare(tmp_path / "run", train(recipe(**by_epoch), tmp_path / "expected")) == []
+
+
+def test_a_second_time_stops_at_once_and_what_was_there_before_comes_back():
+    before = signal.getsignal(signal.SIGINT)
+    with StopWhenAsked() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked.signal == signal.SIGINT and asked.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_worker_that_inherits_it_ends_as_ever():
+    with StopWhenAsked() as asked:
+        pid = os.fork()
+        if pid == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    assert asked.signal is None
