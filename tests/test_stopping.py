@@ -63,6 +63,8 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, num
     assert "Traceback" not in output
 
     train(recipe(), tmp_path / "run", resume=True)
+    info = read_info(tmp_path / "run")
+    assert info["samples_per_second"] * info["seconds"] == pytest.approx(4 * (STEPS - step), rel=0.01)
     expected = train(recipe(), tmp_path / "expected")
     assert compare(tmp_path / "run", expected) == []
 
