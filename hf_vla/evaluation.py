@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_vla import run
 from hf_vla.data.lerobot_format import DatasetInfo
@@ -57,7 +58,7 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     run.check_finished(directory)
     recipe = load_recipe(directory / run.RECIPE)
     train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
-    policy = Policy.from_pretrained(directory / run.MODEL)
+    policy = Policy.from_pretrained(directory / run.MODEL, device=device_of(recipe))
     report = functools.partial(offline_report, policy.predict_samples, on_error=recipe.data.on_error)
     offline = report(eval_data, train_data)
     if isinstance(eval_data, MixedDataset):
@@ -69,6 +70,11 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     if recipe.model.outputs == "geometry":
         write_geometry(directory, recipe.model.vggt, policy.model.model.vggt, policy.processor, shown[0])
     return offline
+
+
+def device_of(recipe: Recipe) -> str:
+    """Say where a run's policy is tried: where it was trained, on a GPU if there is one."""
+    return "cpu" if recipe.training.get("use_cpu") or not torch.cuda.is_available() else "cuda"
 
 
 def describe_errors(offline: dict[str, Any]) -> str:
@@ -134,7 +140,7 @@ def roll_out(condition: str, directory: Path, recipe: Recipe, workers: int) -> d
     """Run every task's episodes under one condition, in parallel processes, from the same start positions."""
     evaluation = recipe.evaluation
     seeds = range(evaluation.seed, evaluation.seed + evaluation.episodes)
-    make_policy = functools.partial(_make_policy, condition, str(directory / run.MODEL))
+    make_policy = functools.partial(_make_policy, condition, str(directory / run.MODEL), device_of(recipe))
     tasks, pieces = [], []
     for task in evaluation.swapped if condition == SWAPPED else evaluation.tasks:
         make_env = functools.partial(_make_env, task, recipe, condition)
@@ -160,12 +166,12 @@ def _make_env(task: str, recipe: Recipe, condition: str) -> MetaWorldEnv:
     )
 
 
-def _make_policy(condition: str, checkpoint: str, seed: int, env: MetaWorldEnv):
+def _make_policy(condition: str, checkpoint: str, device: str, seed: int, env: MetaWorldEnv):
     if condition == RANDOM:
         return RandomPolicy(seed, action_dim=len(ACTION_NAMES))
     if condition == EXPERT:
         return ExpertPolicy(env)
-    policy = Policy.from_pretrained(checkpoint)
+    policy = Policy.from_pretrained(checkpoint, device=device)
     if condition == BLIND:
         policy.processor.pictures = "mean"
     return policy

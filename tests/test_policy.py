@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
+from hf_vla.evaluation import device_of
 from hf_vla.policy import Policy
 from hf_vla.sample import parse_view, view_name
 from hf_vla.train import train
@@ -81,3 +83,11 @@ def test_a_view_of_the_past_shows_what_was_seen_then(run_of_moments):
 @pytest.mark.parametrize("view", [("top", 0), ("top", -5), ("top", "goal")])
 def test_a_views_name_says_all_of_it(view):
     assert parse_view(view_name(*view)) == view
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "use_cpu", "device"), [(True, False, "cuda"), (True, True, "cpu"), (False, False, "cpu")]
+)
+def test_a_policy_is_tried_where_it_was_trained(monkeypatch, has_gpu, use_cpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert device_of(tiny_recipe(training={"use_cpu": use_cpu})) == device
