@@ -195,8 +195,8 @@ class VLATrainer(ResumableTrainer):
             keep_in_8_bits(self.model)
         if not self.is_sharded:  # or whole parameters would live on beside their shards
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            # Trainer empties gradients through the model, which walks through thousands of modules after every step.
-            self.model.zero_grad = optimizer.zero_grad
+            # Trainer's way through the model walks through thousands of modules after every step.
+            self.model.zero_grad = partial(_forget_gradients, self._trained)
         if self.recipe.memory.optimizer_in_backward:
             average = (lambda parameter: None) if ranks.is_alone() else ranks.average
             self.in_backward = OptimizerInBackward(optimizer, average)
@@ -333,6 +333,12 @@ class VLATrainer(ResumableTrainer):
     def bare_model(self) -> nn.Module:
         """Give the model without the wrappers that accelerate puts around it."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+def _forget_gradients(trained: list[nn.Parameter], set_to_none: bool = True) -> None:
+    """Stand in for a model's `zero_grad`; the optimizer's own would keep its states as long as the model lives."""
+    for parameter in trained:
+        parameter.grad = None
 
 
 def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:

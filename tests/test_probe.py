@@ -1,7 +1,9 @@
 """The probe: the line through measured peaks, the micro-batch it proposes, and the proof by real training."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hf_vla.memory.gpus import find_gpu
 from hf_vla.memory.meter import GPUMeter, HostMeter, Usage
 from hf_vla.memory.probe import calibrate, probe
 from hf_vla.probe import TrainingRuns, longest
+from hf_vla.trainer import VLATrainer
 from tests.faults.shortage import Shortage, in_forward
 from tests.tiny_run import tiny_recipe
 
@@ -126,6 +129,36 @@ def test_real_training_under_the_hosts_meter(tmp_path):
     assert result.batch_size == 2
     assert all(m.usage.total > 2**26 for m in result.measurements)
     assert (tmp_path / "2x10/checkpoint-10/trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"training": {"optim": "adamw_bnb_8bit"}},
+        {"training": {"max_grad_norm": 0.0}, "memory": {"optimizer_in_backward": True}},
+    ],
+    ids=["", "8 bits", "in backward"],
+)
+def test_a_run_leaves_nothing_to_the_next_on_the_same_model(tmp_path, monkeypatch, sections):
+    if "8bit" in str(sections):
+        pytest.importorskip("bitsandbytes")
+    optimizers, create = [], VLATrainer.create_optimizer
+
+    def create_and_note(trainer, model=None):
+        optimizers.append(weakref.ref(create(trainer, model)))
+        return optimizers[-1]()
+
+    monkeypatch.setattr(VLATrainer, "create_optimizer", create_and_note)
+    runs = TrainingRuns(tiny_recipe(**sections), tmp_path)
+    weights = {name: p.detach().clone() for name, p in runs.model.named_parameters()}
+    for batch_size in (1, 2):
+        assert runs(batch_size, 2)
+        moved = [name for name, p in runs.model.named_parameters() if not torch.equal(p, weights[name])]
+        assert len(moved) > len(weights) / 2
+        weights = {name: p.detach().clone() for name, p in runs.model.named_parameters()}
+    gc.collect()
+    assert optimizers and not [optimizer for optimizer in optimizers if optimizer()]
 
 
 def test_the_longest_prompts_come_first(tmp_path):

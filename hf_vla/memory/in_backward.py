@@ -12,6 +12,7 @@ Only one gradient is alive at a time. What it costs:
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 class OptimizerInBackward:
     """Lets an optimizer update its parameters during backward; its own `step`, called later, then finds nothing to do.
 
-    The optimizer stays one: its groups, learning rates, schedule, state and checkpoints are as ever.
+    The optimizer stays one: its groups, learning rates, schedule, state and checkpoints are as ever. It works while this is
+    held; a model that outlives it, as the probe's does, can be trained by another.
 
     Args:
         optimizer: any whose `step` leaves parameters without a gradient alone.
@@ -36,7 +38,7 @@ class OptimizerInBackward:
         _forget_places(optimizer)
         for k, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(partial(self._update, k))
+                parameter.register_post_accumulate_grad_hook(partial(_call_if_alive, WeakMethod(self._update), k))
 
     def is_proven(self, batch: dict[str, Tensor]) -> bool:
         """Whether a batch of this size has gone through before, beside all of the optimizer's states."""
@@ -59,6 +61,11 @@ class OptimizerInBackward:
             with _alone(self._optimizer, group, parameter):
                 self._optimizer.step()
         parameter.grad = None
+
+
+def _call_if_alive(update: WeakMethod, group: int, parameter: nn.Parameter) -> None:
+    if method := update():
+        method(group, parameter)
 
 
 @contextmanager

@@ -35,8 +35,8 @@ class Rehearsal:
         enable_checkpointing(model, recipe)
         self._optimizer = make_optimizer(model, recipe)
         self._place_paged_states(recipe)
-        if recipe.memory.optimizer_in_backward:
-            OptimizerInBackward(self._optimizer)
+        in_backward = recipe.memory.optimizer_in_backward
+        self._in_backward = OptimizerInBackward(self._optimizer) if in_backward else None
         self._forward = autocast_forward(model, recipe)
 
     def warm_up(self) -> None:
