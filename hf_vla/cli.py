@@ -133,12 +133,12 @@ def cache(
 
 
 @app.command()
-def evaluate(run: Run) -> None:
+def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Measure a run's policy on its held-out episodes, in physical units, beside three baselines."""
     from hf_vla.evaluation import evaluate_offline
     from hf_vla.report import write_report
 
-    evaluate_offline(run)
+    evaluate_offline(run, overrides)
     typer.echo(write_report(run))
 
 

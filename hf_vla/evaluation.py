@@ -53,10 +53,15 @@ PICTURED = 5
 logger = logging.getLogger(__name__)
 
 
-def evaluate_offline(directory: Path) -> dict[str, Any]:
-    """Measure the run's policy on held-out episodes, beside three baselines, and write it into the run."""
+def evaluate_offline(directory: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Measure the run's policy on held-out episodes, beside three baselines, and write it into the run.
+
+    Args:
+        directory: the run's.
+        overrides: `section.key=value`, such as where its dataset lies by now; the run's events tell of them.
+    """
     run.check_finished(directory)
-    recipe = load_recipe(directory / run.RECIPE)
+    recipe = load_recipe(directory / run.RECIPE, overrides)
     train_data, eval_data = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
     policy = Policy.from_pretrained(directory / run.MODEL, device=device_of(recipe))
     report = functools.partial(offline_report, policy.predict_samples, on_error=recipe.data.on_error)
@@ -64,6 +69,9 @@ def evaluate_offline(directory: Path) -> dict[str, Any]:
     if isinstance(eval_data, MixedDataset):
         offline["by_dataset"] = report_each(report, eval_data, train_data)
     run.update_info(directory, {"offline": offline})
+    if overrides:
+        text = f"Measured on held-out episodes with {', '.join(overrides)}."
+        run.add_event(directory, run.read_info(directory)["steps"], "evaluated_otherwise", text)
     logger.info("Mean error of actions on held-out episodes: %s.", describe_errors(offline))
     shown = first_episode(eval_data, recipe.data.on_error)
     run.write_json(directory / "episode.json", compare_episode(policy, shown, eval_data.info))

@@ -1,12 +1,14 @@
 """What a person at the terminal is told: where an answer is, and one reason for each mistake."""
 
+import shutil
+
 import pytest
 from typer.testing import CliRunner
 
 from hf_vla import planning
 from hf_vla.cli import app
 from hf_vla.train import train
-from tests.tiny_run import tiny_recipe
+from tests.tiny_run import SAMPLE, tiny_recipe
 
 
 def call(*words):
@@ -19,6 +21,16 @@ def test_evaluating_writes_the_report_anew_and_says_where(tmp_path):
     said = call("evaluate", run)
     assert (said.exit_code, said.stdout) == (0, f"{run / 'report.html'}\n")
     assert "Mean absolute error of predicted actions" in (run / "report.html").read_text()
+
+
+def test_a_dataset_that_has_moved_is_evaluated_where_it_lies_now_and_that_is_told(tmp_path):
+    before = shutil.copytree(SAMPLE, tmp_path / "before")
+    run = train(tiny_recipe(data={"dataset": str(before)}), tmp_path / "run")
+    before.rename(tmp_path / "now")
+    assert isinstance(call("evaluate", run).exception, FileNotFoundError)
+    place = f"data.dataset={tmp_path / 'now'}"
+    assert call("evaluate", run, "--set", place).exit_code == 0
+    assert f"Measured on held-out episodes with {place}." in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "rollout", "merge", "push"])
