@@ -18,7 +18,7 @@ ENVIRONMENT = ROOT / "build/lerobot-venv"
 LEROBOT = "lerobot[smolvla]==0.4.4"
 
 SCRIPT = Path(__file__).with_name("in_lerobot.py")
-_MARK = "installed"
+_MARK = ENVIRONMENT / "installed"
 _NAMED = (
     "lerobot",
     "datasets",
@@ -34,13 +34,18 @@ _NAMED = (
 
 
 def make_environment() -> Path:
-    """Make LeRobot's own environment, or take the one that is there if it holds `LEROBOT`; return its interpreter."""
-    python, mark = ENVIRONMENT / "bin/python", ENVIRONMENT / _MARK
-    if not mark.exists() or mark.read_text() != LEROBOT:
+    """Make LeRobot's own environment, or take the one that is there; return its interpreter."""
+    python = ENVIRONMENT / "bin/python"
+    if not is_made():
         venv.create(ENVIRONMENT, with_pip=True)  # over an older one, which lacks little
         subprocess.run([python, "-m", "pip", "install", "--quiet", LEROBOT], check=True)
-        mark.write_text(LEROBOT)
+        _MARK.write_text(LEROBOT)
     return python
+
+
+def is_made() -> bool:
+    """Say whether the environment is there and holds `LEROBOT`."""
+    return _MARK.exists() and _MARK.read_text() == LEROBOT
 
 
 def run_in_lerobot(python: Path, cache: Path, *arguments: object, script: Path = SCRIPT) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 
 Each ends with a line of JSON. Settings are LeRobot's defaults: the vision-language model frozen, its first 16 layers kept;
 the action expert and the projections trained; chunks of 50, pictures padded to 512 pixels, AdamW and its schedule, no
-autocast. The vision-language model's weights are random, and read in bfloat16 from a folder that transformers wrote.
+autocast. As where published weights are fine-tuned, the vision-language model's are read in bfloat16, from a folder that
+transformers wrote; here they are random.
 
 Letters: B batch, L text tokens, T chunk length.
 """

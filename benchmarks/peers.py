@@ -9,7 +9,7 @@ Each way is a process of its own; rounds alternate, and the median round counts.
 - `openvla_oft`: OpenVLA-OFT's published setting (rank 32, two pictures of 224 pixels through two encoders to 512 view tokens
   in LLaMA, adapters on all of it, no checkpointing), built here from transformers and PEFT: same shapes, not its code;
 - `lerobot_smolvla`: LeRobot's own SmolVLA and its own training step, in an environment of its own with another torch
-  (lerobot_policy.py). Its pi0 wants a fork of transformers that no package index has;
+  (lerobot_policy.py). Its pi0 isn't here: it wants a fork of transformers, and refuses the release that LeRobot asks for;
 - `ours`: `recipes/lora.json`; `ours_cached`: the same from cached VGGT features.
 
 These are different models, and a sample costs each another arithmetic: `flops_a_sample`, of a whole training step as it is

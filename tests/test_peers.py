@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.lerobot_environment import ENVIRONMENT
+from benchmarks.lerobot_environment import is_made
 from benchmarks.peers import ask_lerobot, ratios
-from benchmarks.training_cost import Memory, count_flops, parameters
+from benchmarks.training_cost import Memory, count_flops, device, parameters
 
-needs_lerobot = pytest.mark.skipif(
-    not (ENVIRONMENT / "installed").exists(), reason="LeRobot's own environment isn't here; benchmarks.peers makes it"
-)
+needs_lerobot = pytest.mark.skipif(not is_made(), reason="needs LeRobot's environment, which benchmarks.peers makes")
 
 
 def test_arithmetic_of_attention_counts_on_a_cpu_forward_and_backward():
@@ -32,7 +30,7 @@ def test_frozen_parameters_are_counted_but_not_as_trained():
 def test_memory_sees_what_came_and_went_since_its_start_and_knows_what_was_there():
     memory = Memory()
     memory.start()
-    torch.ones(2**26)  # 256 MiB, gone at once
+    torch.ones(2**26, device=device())  # 256 MiB, gone at once
     taken = memory.taken()
     assert taken["peak_bytes"] - taken["library_bytes"] == pytest.approx(2**28, rel=0.1)
     memory.start()
@@ -48,19 +46,8 @@ def test_ratios_leave_out_what_libraries_take():
 
 @pytest.mark.slow
 def test_our_ways_run_beside_the_naive_one_and_are_written(tmp_path):
-    command = [
-        "-m",
-        "benchmarks.peers",
-        "--scale",
-        "small",
-        "--rounds",
-        "1",
-        "--ways",
-        "ours",
-        "ours_cached",
-        "--results",
-    ]
-    subprocess.run([sys.executable, *command, str(tmp_path)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "benchmarks.peers", "--scale=small", "--rounds=1", f"--results={tmp_path}"]
+    subprocess.run([*command, "--ways", "ours", "ours_cached"], check=True, capture_output=True)
     ways = json.loads((tmp_path / "peers.json").read_text())["ways"]
     assert ways["ours"]["flops_a_sample"] > ways["naive"]["flops_a_sample"]  # checkpointing computes some twice
     assert ways["ours_cached"]["flops_a_sample"] < ways["ours"]["flops_a_sample"]
