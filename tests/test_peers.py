@@ -63,5 +63,4 @@ def test_lerobots_policy_has_its_published_size_and_trains_at_a_thousandth_of_it
     assert full["parameters"] / 1e6 == pytest.approx(450, abs=1)
     assert full["trained_parameters"] / 1e6 == pytest.approx(100, abs=1)
     small = ask_lerobot("train", "proportional", 2, 4)
-    assert small["samples_per_second"] > 0
     assert 800 < full["flops_a_sample"] / small["flops_a_sample"] < 1200
