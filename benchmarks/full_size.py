@@ -5,7 +5,6 @@ Letters: B batch, V views, L text tokens, T chunk length.
 
 import copy
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from transformers import TrainerCallback
 
 from benchmarks.random_weights import fill_with_random
+from benchmarks.training_cost import WARM_UP, device, now
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.memory.planner import Plan, plan_recipe
 from hf_vla.memory.shapes import Shapes
@@ -25,8 +25,6 @@ from hf_vla.recipe import Recipe, make_recipe
 from hf_vla.trainer import VLATrainer, training_arguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-WARM_UP = 3
-"""Steps before the clock starts: states come into being, kernels are chosen."""
 
 SMALL = {
     "model": {
@@ -138,18 +136,6 @@ class Stopwatch(TrainerCallback):
             self._began = now()
         if state.global_step == state.max_steps:
             self.steps, self.seconds = state.max_steps - WARM_UP, now() - self._began
-
-
-def now() -> float:
-    """Read the clock once the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def device() -> str:
-    """Name the device that training will use."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_trainer(recipe: Recipe, shapes: Shapes, folder: Path, steps: int) -> VLATrainer:
