@@ -175,7 +175,7 @@ def run_attempt(recipe: Recipe, processes: int, run: Path, log: Path, limit: flo
         time.sleep(0.005)
     code = os.waitstatus_to_exitcode(status)
     if code:
-        raise SystemExit(f"The training failed with exit code {code}:\n{log.read_text()[-4000:]}")
+        raise SystemExit(f"The training failed with exit code {code}:\n{log.read_text()[-20_000:]}")
     return time.monotonic() - (started or time.monotonic())
 
 

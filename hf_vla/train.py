@@ -54,6 +54,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     keep_to_budget(recipe, PartialState().num_processes)
     run.check_directory(output, resume)
     checkpoint = find_checkpoint(output, recipe) if resume else None
+    PartialState().wait_for_everyone()  # or the first rank may begin a run that another has yet to look for
     trainer = build_trainer(recipe, output)
     with PartialState().main_process_first():
         run.open_run(output, recipe)
