@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_vla.console import set_up_logging
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the latter in processes that roll out
     set_up_logging()  # before the libraries imported below say a word
 
 from hf_vla.evaluation import evaluate_offline, evaluate_rollouts
