@@ -37,8 +37,8 @@ class StopWhenAsked(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop, if any rank was asked to."""
-        if ranks.any_of_them(self.signal is not None, args.device):
+        """Save and stop, if any rank was asked to; after the last step the training ends by itself."""
+        if state.global_step < state.max_steps and ranks.any_of_them(self.signal is not None, args.device):
             control.should_save = control.should_training_stop = self.has_stopped = True
 
     def on_epoch_end(self, args, state, control, **kwargs):

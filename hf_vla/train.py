@@ -65,7 +65,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
     with StopWhenAsked() as asked:
         trainer.add_callback(asked)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if asked.has_stopped and trainer.state.global_step < trainer.state.max_steps:
+    if asked.has_stopped:
         steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
         trainer.tell("stopped", f"Stopped at {steps}, as asked: --resume goes on from there.")
         raise SystemExit(asked.exit_code)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from benchmarks.killed import compare
 from hf_vla import saving
@@ -81,6 +83,21 @@ def test_an_epoch_that_was_left_halfway_is_neither_evaluated_nor_counted_as_done
     assert process.returncode == 128 + signal.SIGTERM, output
     train(recipe(**by_epoch), tmp_path / "run", resume=True)
     assert compare(tmp_path / "run", train(recipe(**by_epoch), tmp_path / "expected")) == []
+
+
+@pytest.mark.parametrize(("step", "stops"), [(STEPS - 1, True), (STEPS, False)])
+def test_after_the_last_step_there_is_nothing_left_to_stop(step, stops):
+    asked, control = StopWhenAsked(), TrainerControl()
+    asked.signal = signal.SIGTERM
+    asked.on_step_end(SimpleNamespace(device="cpu"), state_at(step), control)
+    assert (asked.has_stopped, control.should_save, control.should_training_stop) == (stops, stops, stops)
+    control.should_evaluate = True
+    asked.on_epoch_end(None, state_at(step), control)
+    assert control.should_evaluate != stops
+
+
+def state_at(step: int) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=STEPS)
 
 
 def test_a_second_time_stops_at_once_and_what_was_there_before_comes_back():
