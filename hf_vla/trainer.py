@@ -364,7 +364,7 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
                 f"training.{key} can't be true: every sample is seen once an epoch, also in a run that goes on."
             )
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=output_dir,
             per_device_train_batch_size=recipe.data.batch_size,
             per_device_eval_batch_size=values.pop("per_device_eval_batch_size", recipe.data.batch_size),
@@ -375,3 +375,6 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
         )
     except ValueError as error:
         raise RecipeError(f"training: {error}") from None
+    # One process trains on one GPU. Of several that it sees, transformers would make one batch for all (nn.DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hf_vla.checkpoint import load_checkpoint
 from hf_vla.lora import trained_names
@@ -95,6 +97,22 @@ def test_accumulation_follows_the_whole_batch(tmp_path):
         torch.testing.assert_close(
             tensor, whole[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_one_process_trains_on_one_gpu_of_all_that_it_sees(tmp_path, monkeypatch):
+    found = TrainingArguments._setup_devices.func
+
+    def see_eight(arguments):  # as on a server of eight, which transformers gives to a process that runs alone
+        device = found(arguments)
+        arguments._n_gpu = 8
+        return device
+
+    see = cached_property(see_eight)
+    see.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", see)
+    trainer = build_trainer(tiny_recipe(), tmp_path)
+    assert len(next(iter(trainer.get_train_dataloader()))["actions"]) == 4
+    assert len(next(iter(trainer.get_eval_dataloader()))["actions"]) == 4
 
 
 def test_resuming_equals_going_straight(tmp_path):
