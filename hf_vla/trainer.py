@@ -5,10 +5,11 @@ step doesn't fit, and what a checkpoint holds.
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
+import accelerate.optimizer
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ MICRO_BATCH = "micro_batch.json"
 """What was found to fit: in each checkpoint, and in the run itself once it had to stop for it."""
 
 logger = logging.getLogger(__name__)
+
+# accelerate looks on the disk for a package, twice in every update: more time than all else that it does in a step.
+accelerate.optimizer.is_lomo_available = cache(accelerate.optimizer.is_lomo_available)
 
 
 class VLATrainer(ResumableTrainer):
@@ -93,7 +97,7 @@ class VLATrainer(ResumableTrainer):
         self._fetched, count = super().get_batch_samples(batches, *args, **kwargs)
         return self._fetched, count
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run one micro-step; after the last of an optimizer step, agree with the other ranks and average gradients."""
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         encoder = self.lookahead or self.ahead
@@ -258,13 +262,18 @@ class VLATrainer(ResumableTrainer):
         if kind == "out_of_memory" and self.lookahead:
             self.lookahead.give_up()
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
-        """Count valid action entries of all this step's micro-batches, on all ranks; Trainer only knows `labels`."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor | int:
+        """Count valid action entries of all this step's micro-batches, a rank's share of them; Trainer only knows `labels`.
+
+        Batches are still on the host, so that to count them is to wait for nothing. A share, since gradients are averaged
+        over ranks and not summed.
+        """
         self._report_skipped(batch_samples)
-        count = sum((~batch["action_is_pad"]).sum() * batch["actions"].shape[-1] for batch in batch_samples)
-        count = count.to(device, non_blocking=True)
-        count = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
-        return count.clamp_min(1)  # where all samples of a step were skipped
+        count = sum(int((~batch["action_is_pad"]).sum()) * batch["actions"].shape[-1] for batch in batch_samples)
+        if self.args.world_size == 1:
+            return max(count, 1)  # where all samples of a step were skipped
+        count = torch.tensor(count).to(device, non_blocking=True)
+        return self.accelerator.gather(count).sum().clamp_min(1) / self.args.world_size
 
     def _report_skipped(self, batch_samples: list[dict]) -> None:
         """Count the samples that were left out, on all ranks, and name the first of them in `run.json`."""
@@ -352,6 +361,7 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
         values.setdefault("metric_for_best_model", "loss")  # so that the best checkpoint is kept
     if values.get("fsdp"):  # accelerate else lets every rank keep whole gradients until the last micro-step
         values.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
+    values["average_tokens_across_devices"] = False  # the count already does, without another operation in each step
     values.pop("push_to_hub", None)  # Trainer would ask the Hub before the first step; train.py pushes after the last
     if values.get("fp16") and not torch.cuda.is_available():
         raise RecipeError(

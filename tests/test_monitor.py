@@ -176,7 +176,12 @@ def test_other_ranks_write_beside_rank_0_and_warn_without_run_json(tmp_path, cud
     assert "nears the budget" in caplog.text
 
 
-def test_a_snapshot_on_request_holds_one_whole_step(tmp_path, cuda):
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(monitor, "SECONDS_BETWEEN_LOOKS", 0.0)
+
+
+def test_a_snapshot_on_request_holds_one_whole_step(tmp_path, cuda, impatient):
     steps = Steps(tmp_path)
     steps.step()
     (tmp_path / "memory_snapshot").touch()

@@ -90,15 +90,15 @@ class MicroBatcher:
             The micro-step's loss. Once exhausted, zero: not even one row fits, and the caller ends the run.
         """
         self._micro_steps.append(MicroStep(batch, generator_states()))
-        loss = None if self.fit.is_exhausted else self._attempt(self._micro_steps[-1:], step)
+        loss = None if self.fit.is_exhausted else _attempt(self._run_in_pieces, batch, step)
         while loss is None and self.shrink():
             self.forget()
-            loss = self._attempt(self._micro_steps, step)
+            loss = _attempt(self._run_again, self._micro_steps, step)
         return batch["actions"].new_zeros(()) if loss is None else loss
 
     def run_once(self, batch: Batch, step: Callable[[Batch], Tensor]) -> Tensor | None:
         """Run a micro-step that can't be run again, in pieces; None if memory ran out."""
-        return self._attempt([MicroStep(batch, generator_states())], step)
+        return _attempt(self._run_in_pieces, batch, step)
 
     def wish(self, has_headroom: Callable[[int], bool]) -> Fit:
         """Say what the next step should go with: as now, or larger after enough clean steps with headroom."""
@@ -119,6 +119,8 @@ class MicroBatcher:
 
     def restrict(self, fit: Fit, reason: str) -> None:
         """Take what another rank, or an earlier part of the run, found to fit, where that is less."""
+        if fit == self.fit:
+            return
         for rung in self.rungs[self.fit.rungs : fit.rungs]:
             rung.action()
         narrower = Fit(min(fit.size, self.fit.size), max(fit.rungs, self.fit.rungs), self.fit.is_exhausted)
@@ -163,22 +165,14 @@ class MicroBatcher:
         if self._micro_steps:
             set_generator_states(self._micro_steps[0].generators)
 
-    def _attempt(self, micro_steps: list[MicroStep], step: Callable[[Batch], Tensor]) -> Tensor | None:
-        """Run micro-steps and return the last one's loss; None if memory ran out.
+    def _run_again(self, micro_steps: list[MicroStep], step: Callable[[Batch], Tensor]) -> Tensor:
+        for micro_step in micro_steps:
+            set_generator_states(micro_step.generators)
+            loss = self._run_in_pieces(micro_step.batch, step)
+        return loss
 
-        The handler is left before anything is freed or tried again: a traceback keeps the failed step's tensors alive.
-        """
-        try:
-            for micro_step in micro_steps:
-                loss = self._run_in_pieces(micro_step, step)
-            return loss
-        except torch.OutOfMemoryError:
-            pass
-        return None
-
-    def _run_in_pieces(self, micro_step: MicroStep, step: Callable[[Batch], Tensor]) -> Tensor:
-        set_generator_states(micro_step.generators)
-        batch = {**micro_step.batch, "draws": self.model.draws(micro_step.batch["actions"])}
+    def _run_in_pieces(self, batch: Batch, step: Callable[[Batch], Tensor]) -> Tensor:
+        batch = {**batch, "draws": self.model.draws(batch["actions"])}
         rows = count_rows(batch)
         if rows <= self.fit.size:
             return step(batch)
@@ -238,6 +232,18 @@ def free_cache() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def _attempt(run: Callable[..., Tensor], *work: Any) -> Tensor | None:
+    """Run some work and return its loss; None if memory ran out.
+
+    The handler is left before anything is freed or tried again: a traceback keeps the failed step's tensors alive.
+    """
+    try:
+        return run(*work)
+    except torch.OutOfMemoryError:
+        pass
+    return None
 
 
 def _describe(size: int, rungs: list[str]) -> str:

@@ -7,6 +7,7 @@ width (outputs are 2C), T chunk, A action dims, S state dims, F fusion width.
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +228,7 @@ class VLAForActionPrediction(VLAPreTrainedModel):
         Trainer asks before every micro-step. With adapters there are thousands of parts, and walking through them takes
         longer than looking at each: those of the last walk are looked at, and only if one isn't training it is done again.
         """
-        if mode and self.training and self._parts and all(part.training for part in self._parts):
+        if mode and self.training and self._parts and all(map(attrgetter("training"), self._parts)):
             return self
         self._parts = [part for part in self.modules() if part is not self] if mode else []  # itself would be a cycle
         return super().train(mode)

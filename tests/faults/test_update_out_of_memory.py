@@ -1,12 +1,15 @@
 """Out of memory in the optimizer's update: run again where nothing has moved, and a stop in words where something has."""
 
+import itertools
 import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from transformers import Adafactor
 
 from hf_vla.memory.ranks import RESTART
-from hf_vla.memory.update import guard_update
+from hf_vla.memory.update import _forget_new_states, count_changes, first_updated, guard_update, weights_alike
 from hf_vla.prepare import build_trainer
 from hf_vla.run import read_info
 from tests.faults.test_out_of_memory import (
@@ -89,6 +92,80 @@ def test_a_weight_that_moved_is_noticed_whatever_the_optimizer(make):
     assert len(texts) == 1
 
 
+class FailsAt(TorchFunctionMode):
+    """Runs out of memory instead of the call of some number; a mode below autograd would keep versions from growing."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.left = number
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if (
+            func is not torch._C._set_grad_enabled
+        ):  # it takes no memory, and would leave gradients off for all tests to come
+            if self.left == 0:
+                raise torch.OutOfMemoryError("injected")
+            self.left -= 1
+        return func(*args, **(kwargs or {}))
+
+
+def groups_of_two_kinds() -> list[dict]:
+    """Two groups of weights in two precisions, the first of which has no gradient."""
+    groups = []
+    for decay in (0.1, 0.0):
+        weights = [
+            torch.nn.Parameter(torch.ones(64, 128, dtype=dtype)) for dtype in [torch.float32, torch.bfloat16] * 3
+        ]
+        for weight in weights[1:]:
+            weight.grad = torch.full_like(weight, 0.5)
+        groups.append({"params": weights, "weight_decay": decay})
+    return groups
+
+
+def everything(optimizer: torch.optim.Optimizer) -> list[float]:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    states = [value for states in optimizer.state.values() for value in states.values()]
+    return [float(torch.as_tensor(value).detach().double().sum()) for value in weights + states if value is not None]
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["without states", "with states"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: torch.optim.AdamW(groups, fused=True),
+        lambda groups: torch.optim.AdamW(groups, foreach=True),
+        lambda groups: torch.optim.AdamW(groups, foreach=False),
+        lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=True),
+        lambda groups: torch.optim.RMSprop(groups, foreach=True),
+        lambda groups: Adafactor(groups, lr=0.1, relative_step=False),
+        lambda groups: pytest.importorskip("bitsandbytes").optim.AdamW8bit(groups),
+        lambda groups: pytest.importorskip("bitsandbytes").optim.Lion8bit(groups),
+    ],
+    ids=["fused AdamW", "foreach AdamW", "AdamW", "SGD", "RMSprop", "Adafactor", "8-bit AdamW", "8-bit Lion"],
+)
+def test_wherever_an_update_fails_the_first_weights_tell_whether_anything_moved(make, steps):
+    failed = moved = 0
+    for number in itertools.count():
+        optimizer = make(groups_of_two_kinds())
+        for _ in range(steps):
+            optimizer.step()
+        first = first_updated(weights_alike(optimizer))
+        before, known, changes = everything(optimizer), len(optimizer.state), count_changes(optimizer, first)
+        try:
+            with FailsAt(number):
+                optimizer.step()
+        except torch.OutOfMemoryError:
+            failed += 1
+        else:
+            break
+        has_moved = count_changes(optimizer, first) != changes
+        moved += has_moved
+        if not has_moved:
+            _forget_new_states(optimizer, known)
+            assert everything(optimizer) == before
+    assert failed > moved > 0
+
+
 class HalfMade(torch.optim.SGD):
     """Runs out of memory between two states of a weight, once, and never makes states where there are some."""
 
@@ -107,6 +184,7 @@ class HalfMade(torch.optim.SGD):
 
 def test_states_that_were_made_by_half_are_made_anew():
     weight, told = torch.nn.Parameter(torch.ones(1)), []
+    weight.grad = torch.ones_like(weight)
     update = HalfMade([weight])
     guard_update(update, lambda kind, text: told.append(kind), pytest.fail)
     update.step()
