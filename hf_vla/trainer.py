@@ -116,11 +116,15 @@ class VLATrainer(ResumableTrainer):
             ranks.average_gradients(self.model)
         return loss
 
-    def _prepare_input(self, data):
+    def _prepare_inputs(self, inputs: dict) -> dict:
         """Send a batch's tensors to the device and go on: Trainer would wait until all that runs there is done."""
-        if isinstance(data, Tensor) and not self.is_deepspeed_enabled:  # which has them in another dtype
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
+        if self.is_deepspeed_enabled:  # which has them in another dtype
+            return super()._prepare_inputs(inputs)
+        device = self.args.device
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
 
     def _agree(self) -> None:
         fit = self.batcher.wish(partial(has_headroom, self.batcher.fit.size))

@@ -89,12 +89,15 @@ class MemoryMonitor(TrainerCallback):
         """Read, write and judge what the step took."""
         self.reading = reading = read_memory()
         self._write(state.global_step, args.process_index, reading)
-        for kind, trouble in (("near_budget", self._near_budget(reading)), ("memory_taken", self._taken(reading))):
-            self._tell_once(state, kind, trouble)
         if reading.allocated_peak is not None:
-            self.highest_peak = max(self.highest_peak or 0, reading.allocated_peak)
+            self._judge(state, reading)
         if state.is_world_process_zero:
             self._serve_snapshot(state.global_step)
+
+    def _judge(self, state, reading: Reading) -> None:
+        for kind, trouble in (("near_budget", self._near_budget(reading)), ("memory_taken", self._taken(reading))):
+            self._tell_once(state, kind, trouble)
+        self.highest_peak = max(self.highest_peak or 0, reading.allocated_peak)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop what a snapshot that was never finished would go on recording."""
@@ -117,7 +120,7 @@ class MemoryMonitor(TrainerCallback):
 
     def _near_budget(self, reading: Reading) -> str | None:
         budget, peak = self.plan["budget"], reading.reserved_peak
-        if budget is None or peak is None or peak <= NEAR_BUDGET * budget:
+        if budget is None or peak <= NEAR_BUDGET * budget:
             return None
         planned = "nothing" if self.plan["planned_peak"] is None else format_size(self.plan["planned_peak"])
         return (
@@ -128,7 +131,7 @@ class MemoryMonitor(TrainerCallback):
     def _taken(self, reading: Reading) -> str | None:
         """Say so if others hold more than at the first step, and leave less free than the plan still wants."""
         planned = self.plan["planned_peak"]
-        if planned is None or reading.device_used is None:
+        if planned is None:
             return None
         others = reading.device_used - reading.reserved
         if self.held_by_others is None:
