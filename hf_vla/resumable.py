@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hf_vla import saving
-from hf_vla.data.loader import SKIPPED, DrawnSamples, RankBatches, build_loader, collate_drawn
+from hf_vla.data.loader import SKIPPED, DrawnSamples, RankBatches, build_loader, collate_drawn, step_aside
 from hf_vla.data.order import Order, Part
 from hf_vla.progress import Progress
 
@@ -77,13 +77,14 @@ class ResumableTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Build the loader of what is held out; what can't be read is skipped there too."""
         dataset, collate = eval_dataset or self.eval_dataset, self.data_collator
-        if dataset is None or self.on_error == "raise":
-            return super().get_eval_dataloader(eval_dataset)
-        self.data_collator = collate_drawn(collate)
+        if dataset is not None and self.on_error != "raise":
+            eval_dataset, self.data_collator = DrawnSamples(dataset, self.on_error), collate_drawn(collate)
         try:
-            return super().get_eval_dataloader(DrawnSamples(dataset, self.on_error))
+            loader = super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collate
+        loader.base_dataloader.worker_init_fn = step_aside  # of accelerate's wrapper
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """Take the batches of an optimizer step, and note where it began."""

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
 from benchmarks.killed import compare
 from hf_vla import saving
+from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
 from hf_vla.run import read_info
 from hf_vla.stopping import StopWhenAsked
@@ -46,6 +48,7 @@ def start(directory: Path, wanted: Recipe) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     steps = directory / "memory.jsonl"
     while process.poll() is None and not (steps.exists() and steps.read_text().count("\n") >= 3):
@@ -53,10 +56,28 @@ def start(directory: Path, wanted: Recipe) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, number):
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    """As torchrun does, and a terminal."""
+    os.killpg(process.pid, number)
+
+
+def signal_all(process: subprocess.Popen, number: int) -> None:
+    """As a scheduler may: the loader's workers first."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(number)
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        (signal_group, signal.SIGTERM),
+        (signal_all, signal.SIGTERM),
+        pytest.param(signal_group, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, send, number):
     process = start(tmp_path / "run", recipe())
-    process.send_signal(number)
+    send(process, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     info = read_info(tmp_path / "run")
@@ -72,6 +93,14 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, num
     assert info["samples_per_second"] * info["seconds"] == pytest.approx(4 * (STEPS - step), rel=0.01)
     expected = train(recipe(), tmp_path / "expected")
     assert compare(tmp_path / "run", expected) == []
+
+
+def test_workers_of_the_evaluation_outlive_it_too(tmp_path):
+    loader = build_trainer(recipe(), tmp_path).get_eval_dataloader()
+    batches = iter(loader)
+    next(batches)
+    workers = psutil.Process().children()
+    assert workers and all(os.getpgid(worker.pid) == worker.pid for worker in workers)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ Letters: N samples of an epoch, B of a batch, R ranks, W workers.
 
 import functools
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -204,9 +206,20 @@ def build_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=step_aside,
         generator=torch.Generator().manual_seed(batches.order.seed),
         **options,
     )
+
+
+def step_aside(worker: int) -> None:
+    """Let a worker outlive the stop of its trainer, which needs it to the end of the step, and ends it then.
+
+    torchrun and terminals signal a whole process group, so it makes one of its own. A scheduler may signal every process:
+    it then ends as one whose work is done, since torch raises an error in the trainer for a worker that was killed.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 class EpochLoader(DataLoader):
