@@ -13,6 +13,8 @@ CPU_TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Quiet: of a training that fails it would print its own traceback below the reason.
 LAUNCH := $(BIN)/accelerate launch --quiet
+# torch.distributed else kills what hasn't written its checkpoint 30 s after it was asked to stop.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
 .PHONY: install train-tiny train-safe train-balanced train-max train-lora train-qlora plan doctor style quality test test-slow \
         test-sim test-gpu clean

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
 
 from hf_vla import run, saving
 from hf_vla.caching import caches_of, settle_caches
@@ -120,8 +122,10 @@ def check_processes(recipe: Recipe) -> None:
     Raises:
         RecipeError: if the launcher's or the recipe's count isn't the count that runs together.
     """
-    # Without a GPU accelerate joins processes only if it is told to use the CPU, the first time it is asked.
-    running = PartialState(cpu=recipe.training.get("use_cpu", False)).num_processes
+    # Without a GPU accelerate joins processes only if it is told to use the CPU, the first time it is asked. How long they
+    # wait for each other is settled then too: Trainer comes too late, and NCCL's ten minutes may be less than a save takes.
+    patience = timedelta(seconds=recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
+    running = PartialState(cpu=recipe.training.get("use_cpu", False), timeout=patience).num_processes
     launched = int(os.environ.get("WORLD_SIZE", 1))
     wanted = recipe.memory.gpus or launched
     if running != launched or running != wanted:

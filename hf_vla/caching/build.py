@@ -9,6 +9,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ from hf_vla.sample import view_name
 AT_ONCE = 16
 """Pairs that fill a GPU beside nothing but VGGT."""
 
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the others: on shared GPUs one may take hours more for its share."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +72,7 @@ def build_caches(recipe: Recipe, output: Path | None = None, batch_size: int | N
     keys = cache_keys(recipe, train_data, means, names, root)
     folders = {name: root / folder_name(name, key) for name, key in keys.items()}
     there = [name for name, folder in folders.items() if is_whole(folder)]
-    state = PartialState(cpu=recipe.training.get("use_cpu", False))
+    state = PartialState(cpu=recipe.training.get("use_cpu", False), timeout=PATIENCE)
     state.wait_for_everyone()  # or one could already see what another builds
     for name, folder in folders.items():
         if name in there:
