@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hf_vla import saving
@@ -156,6 +156,17 @@ class ResumableTrainer(Trainer):
             super()._load_rng_state(checkpoint)
         else:
             self._draw_apart(self.resumed.step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read the optimizer's states by way of the host, on several ranks too: Trainer would read them onto each GPU, and
+        bitsandbytes copy them there.
+        """
+        file = Path(checkpoint or "", OPTIMIZER_NAME)
+        if checkpoint is None or not file.is_file():  # as where states are sharded
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(file.with_name(SCHEDULER_NAME), weights_only=True))
 
     def _draw_apart(self, step: int) -> None:
         """Seed torch, numpy and Python by rank; Trainer gives all ranks one seed, and so the same dropout."""

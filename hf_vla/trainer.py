@@ -25,6 +25,7 @@ from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.lookahead import Lookahead
 from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
 from hf_vla.memory.monitor import MemoryMonitor, log_values
+from hf_vla.memory.paged_states import load_into_pages
 from hf_vla.memory.update import guard_update
 from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.recipe import Recipe, RecipeError
@@ -201,6 +202,8 @@ class VLATrainer(ResumableTrainer):
         optimizer = super().create_optimizer(model)
         if self.recipe.memory.embedding_state_bits == 8:
             keep_in_8_bits(self.model)
+        if self.args.optim.startswith("paged_"):
+            load_into_pages(optimizer)
         if not self.is_sharded:  # or whole parameters would live on beside their shards
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             # Trainer's way through the model walks through thousands of modules after every step.
