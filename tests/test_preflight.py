@@ -32,6 +32,7 @@ def fake_nvml(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def cuda_build(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 @pytest.fixture
@@ -148,6 +149,13 @@ def test_gpus_that_this_pytorch_cannot_use(fake_nvml, monkeypatch):
     fake_nvml.plug(gpu(0))
     check = check_gpus(read_gpus(), wanted=1)
     assert check.status == "warn" and "built without CUDA" in check.detail
+
+
+def test_a_driver_that_is_too_old_for_this_pytorch(fake_nvml, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fake_nvml.plug(gpu(0))
+    check = check_gpus(read_gpus(), wanted=1)
+    assert check.status == "fail" and "built for CUDA 13.0" in check.detail and "nvidia-smi" in check.advice
 
 
 def test_no_driver_is_said():

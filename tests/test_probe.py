@@ -13,6 +13,7 @@ from hf_vla.memory.meter import GPUMeter, HostMeter, Usage
 from hf_vla.memory.probe import calibrate, probe
 from hf_vla.probe import TrainingRuns, longest
 from hf_vla.trainer import VLATrainer
+from tests.faults.fake_nvml import GIB, gpu, load_in_place_of_nvml
 from tests.faults.shortage import Shortage, in_forward
 from tests.tiny_run import tiny_recipe
 
@@ -112,6 +113,22 @@ def test_the_hosts_meter_sees_what_was_held_and_forgets_it():
 def test_without_a_gpu_it_says_so():
     with pytest.raises(ValueError, match="no GPU to measure"):
         GPUMeter()
+
+
+def test_what_a_driver_keeps_to_itself_is_not_the_processes(tmp_path_factory, monkeypatch):
+    """NVML counts it as used; of CUDA's bytes it is no part."""
+    kept, others, context, reserved = GIB // 2, 20 * GIB, GIB // 4, 2 * GIB
+    nvml = load_in_place_of_nvml(tmp_path_factory.getbasetemp(), monkeypatch)
+    nvml.plug(gpu(0, used=kept + others))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: reserved)
+    meter = GPUMeter()
+    nvml.plug(gpu(0, used=kept + others + context + reserved))
+    cuda_total = 48 * GIB - kept
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (cuda_total - others - context - reserved, cuda_total))
+    assert meter.peak().outside == context
 
 
 def test_real_training_under_the_hosts_meter(tmp_path):

@@ -46,7 +46,8 @@ class GPUMeter:
     """Reads the allocator's counters and the device's; to be made before the process first uses CUDA.
 
     What is outside the allocator is what the whole GPU holds more than before: other processes that come or go meanwhile
-    are mistaken for it.
+    are mistaken for it. NVML is asked both times, since it counts what the driver keeps to itself (half a GiB of an RTX 6000
+    Ada) and CUDA doesn't.
     """
 
     def __init__(self):
@@ -56,7 +57,7 @@ class GPUMeter:
                 "There is no GPU to measure on this machine: `hf-vla plan` predicts what a run would take."
             )
         self.name = gpus[0].name
-        self._held_before = (gpus[0].total or 0) - (gpus[0].free or 0)
+        self._held_before = gpus[0].used or 0
 
     def cap(self, budget: int) -> None:
         """Let allocations beyond the budget fail as on a smaller GPU."""
@@ -74,8 +75,8 @@ class GPUMeter:
         return Usage(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), self._outside())
 
     def _outside(self) -> int:
-        free, total = torch.cuda.mem_get_info()
-        return max(0, total - free - self._held_before - torch.cuda.memory_reserved())
+        held = read_gpus().gpus[0].used or 0
+        return max(0, held - self._held_before - torch.cuda.memory_reserved())
 
 
 class HostMeter:

@@ -91,6 +91,13 @@ def check_gpus(inventory: Inventory, wanted: int) -> Check:
             f"{names}; but this PyTorch ({torch.__version__}) is built without CUDA, so this trains on the CPU{but}"
         )
         return Check("warn", "GPUs", detail, "Install PyTorch's CUDA build: see `make install`.")
+    if not torch.cuda.is_available():
+        detail = f"{names}; but this PyTorch, built for CUDA {torch.version.cuda}, finds none that it can use{but}"
+        advice = (
+            "Compare the CUDA version that nvidia-smi shows: if it is lower, the driver is too old for this PyTorch. Update "
+            "it, or install PyTorch's build for that CUDA. To train on the CPU, set training.use_cpu true."
+        )
+        return Check("fail", "GPUs", detail, advice)
     return Check("warn" if problem else "ok", "GPUs", f"{names}{but}")
 
 
