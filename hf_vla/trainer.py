@@ -394,4 +394,6 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
         raise RecipeError(f"training: {error}") from None
     # One process trains on one GPU. Of several that it sees, transformers would make one batch for all (nn.DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    # Where the recipe asks for neither, transformers would take what the user's own accelerate config says.
+    arguments.mixed_precision = next((kind for kind in ("bf16", "fp16") if getattr(arguments, kind)), "no")
     return arguments

@@ -225,6 +225,12 @@ def test_changing_either_picture_changes_the_action(tmp_path):
         assert not np.array_equal(before, policy.predict_action_chunk({**seen, key: other[key]}))
 
 
+def test_a_users_accelerate_config_has_no_say_in_the_precision(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as its launcher passes it on
+    assert build_trainer(tiny_recipe(), tmp_path / "none").accelerator.mixed_precision == "no"
+    assert build_trainer(tiny_recipe(training={"bf16": True}), tmp_path / "bf16").accelerator.mixed_precision == "bf16"
+
+
 def test_a_directory_that_holds_a_run_is_left_alone(tmp_path):
     (tmp_path / "recipe.json").write_text("{}")
     with pytest.raises(FileExistsError, match="already holds a run"):
