@@ -10,7 +10,7 @@ from hf_vla.data.collator import VLACollator
 from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.budget import MemoryBudgetError
 from hf_vla.memory.meter import GPUMeter, Meter
-from hf_vla.memory.microbatch import free_cache
+from hf_vla.memory.out_of_memory import free_cache
 from hf_vla.memory.probe import ProbeResult, calibrate, probe
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe

@@ -23,8 +23,9 @@ from hf_vla.memory.encode_ahead import EncodeAhead
 from hf_vla.memory.headroom import has_headroom
 from hf_vla.memory.in_backward import OptimizerInBackward
 from hf_vla.memory.lookahead import Lookahead
-from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors, free_cache
+from hf_vla.memory.microbatch import EvaluationBatcher, Fit, MicroBatcher, Rung, divisors
 from hf_vla.memory.monitor import MemoryMonitor, log_values
+from hf_vla.memory.out_of_memory import Attempt, free_cache
 from hf_vla.memory.paged_states import load_into_pages
 from hf_vla.memory.update import guard_update
 from hf_vla.model.processing_vla import VLAProcessor
@@ -313,10 +314,8 @@ class VLATrainer(ResumableTrainer):
 
     def _try_twice(self, save: Callable[[], None], what: str) -> None:
         """Save; out of memory, free what can be freed and save again."""
-        try:
+        with Attempt():
             return save()
-        except torch.OutOfMemoryError:
-            pass
         self.tell("out_of_memory", f"{what} couldn't be saved for want of memory: trying again with all caches freed.")
         free_cache()
         return save()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_vla.caching.build import encode_views
-from hf_vla.memory.microbatch import Tell, free_cache
+from hf_vla.memory.microbatch import Tell
+from hf_vla.memory.out_of_memory import Attempt, free_cache
 from hf_vla.memory.pieces import Batch
 from hf_vla.model.modeling_vla import VLAModel
 from hf_vla.recipe import Recipe
@@ -45,10 +46,10 @@ class EncodeAhead:
     def attempt(self, batches: Iterable[Batch]) -> bool:
         """Do so for all batches that have pixels, or, if memory runs out, for none and say False."""
         waiting = [batch for batch in batches if "pixel_values" in batch]
-        try:
+        with Attempt() as attempt:
             features = self._encode_all(waiting)
-        except torch.OutOfMemoryError:
-            return False  # and free nothing in here: the traceback keeps the failed attempt's tensors alive
+        if attempt.failed:
+            return False
         for batch, view_features in zip(waiting, features, strict=True):
             del batch["pixel_values"]
             batch["view_features"] = view_features

@@ -11,7 +11,8 @@ from itertools import islice
 import torch
 
 from hf_vla.memory.encode_ahead import EncodeAhead
-from hf_vla.memory.microbatch import Tell, free_cache
+from hf_vla.memory.microbatch import Tell
+from hf_vla.memory.out_of_memory import free_cache
 from hf_vla.memory.pieces import Batch
 
 

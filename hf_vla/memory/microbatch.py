@@ -5,14 +5,13 @@ gradients is worthless, so the whole optimizer step runs again from its first mi
 Several ranks recover alone, and agree once a step (`ranks.py`).
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from hf_vla.memory.out_of_memory import Attempt, free_cache
 from hf_vla.memory.pieces import (
     Batch,
     count_rows,
@@ -213,10 +212,8 @@ class EvaluationBatcher:
             The result of each piece; None if not even the smallest fits.
         """
         while self.sizes:
-            try:
+            with Attempt():
                 return [step(take_rows(batch, piece)) for piece in cut(count_rows(batch), self.sizes[-1])]
-            except torch.OutOfMemoryError:
-                pass
             self._shrink()
         return None
 
@@ -227,22 +224,10 @@ class EvaluationBatcher:
         self.tell("out_of_memory", f"{size} samples can't be evaluated at once: {now}.")
 
 
-def free_cache() -> None:
-    """Free what nobody holds: cycles of Python objects, and blocks that the allocator keeps."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
 def _attempt(run: Callable[..., Tensor], *work: Any) -> Tensor | None:
-    """Run some work and return its loss; None if memory ran out.
-
-    The handler is left before anything is freed or tried again: a traceback keeps the failed step's tensors alive.
-    """
-    try:
+    """Run some work and return its loss; None if memory ran out."""
+    with Attempt():
         return run(*work)
-    except torch.OutOfMemoryError:
-        pass
     return None
 
 

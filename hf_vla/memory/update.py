@@ -13,7 +13,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from hf_vla.memory.microbatch import Tell, free_cache
+from hf_vla.memory.microbatch import Tell
+from hf_vla.memory.out_of_memory import Attempt, free_cache
 
 
 def guard_update(optimizer: torch.optim.Optimizer, tell: Tell, stop: Callable[[str], NoReturn]) -> None:
@@ -86,11 +87,9 @@ def count_changes(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -
 
 
 def _fits(update: Callable, *args, **kwargs) -> bool:
-    try:
+    with Attempt() as attempt:
         update(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        return False
-    return True
+    return not attempt.failed
 
 
 def _forget_new_states(optimizer: torch.optim.Optimizer, known: int) -> None:

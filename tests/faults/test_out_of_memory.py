@@ -10,7 +10,8 @@ from transformers import Trainer
 
 import hf_vla.trainer
 from hf_vla.memory.budget import MemoryBudgetError
-from hf_vla.memory.microbatch import Fit, free_cache
+from hf_vla.memory.microbatch import Fit
+from hf_vla.memory.out_of_memory import free_cache
 from hf_vla.prepare import build_trainer
 from hf_vla.run import read_info
 from tests.faults.shortage import PLACES, Shortage, in_evaluation, in_forward
