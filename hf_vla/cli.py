@@ -143,7 +143,15 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def rollout(run: Run, workers: Annotated[int, typer.Option(min=1, help="Simulators at a time.")] = 2) -> None:
+def rollout(
+    run: Run,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Simulators at a time, each with a policy: 1 on a GPU, 2 without.", show_default=False
+        ),
+    ] = None,
+) -> None:
     """Drive the simulated robot with a run's policy and its controls."""
     from hf_vla.evaluation import evaluate_rollouts
     from hf_vla.report import write_report

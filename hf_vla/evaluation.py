@@ -118,8 +118,13 @@ def compare_episode(policy: Policy, samples: list[Sample], info: DatasetInfo) ->
     }
 
 
-def evaluate_rollouts(directory: Path, workers: int = 2) -> dict[str, Any] | None:
+def evaluate_rollouts(directory: Path, workers: int | None = None) -> dict[str, Any] | None:
     """Roll the run's policy and its controls out in the simulator, and write counts and pictures into the run.
+
+    Args:
+        directory: of the run.
+        workers: processes, each with a simulator and a policy; None stands for one on a GPU, which may have no room for
+            a second policy, and for two without.
 
     Returns:
         What was written into `run.json`; None where there is no simulator to roll out in.
@@ -133,6 +138,7 @@ def evaluate_rollouts(directory: Path, workers: int = 2) -> dict[str, Any] | Non
         )
         run.update_info(directory, {"rollouts_skipped": problem})
         return None
+    workers = workers or (1 if device_of(recipe) == "cuda" else 2)
     results = {}
     for condition in (POLICY, BLIND, SWAPPED, RANDOM, EXPERT):
         episodes = roll_out(condition, directory, recipe, workers)

@@ -148,7 +148,7 @@ def test_gpus_that_this_pytorch_cannot_use(fake_nvml, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     fake_nvml.plug(gpu(0))
     check = check_gpus(read_gpus(), wanted=1)
-    assert check.status == "warn" and "built without CUDA" in check.detail
+    assert check.status == "fail" and "built without CUDA" in check.detail and "use_cpu" in check.advice
 
 
 def test_a_driver_that_is_too_old_for_this_pytorch(fake_nvml, monkeypatch):

@@ -90,7 +90,8 @@ def check_gpus(inventory: Inventory, wanted: int) -> Check:
         detail = (
             f"{names}; but this PyTorch ({torch.__version__}) is built without CUDA, so this trains on the CPU{but}"
         )
-        return Check("warn", "GPUs", detail, "Install PyTorch's CUDA build: see `make install`.")
+        advice = "Install PyTorch's CUDA build: see `make install`. To train on the CPU, set training.use_cpu true."
+        return Check("fail", "GPUs", detail, advice)
     if not torch.cuda.is_available():
         detail = f"{names}; but this PyTorch, built for CUDA {torch.version.cuda}, finds none that it can use{but}"
         advice = (
