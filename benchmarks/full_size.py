@@ -16,13 +16,14 @@ from transformers import TrainerCallback
 
 from benchmarks.random_weights import fill_with_random
 from benchmarks.training_cost import WARM_UP, device, now
+from hf_vla.arguments import training_arguments
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.memory.planner import Plan, plan_recipe
 from hf_vla.memory.shapes import Shapes
 from hf_vla.memory.trace import leave_out_cached, make_batch
 from hf_vla.model.configuration_vla import VLAConfig
 from hf_vla.recipe import Recipe, make_recipe
-from hf_vla.trainer import VLATrainer, training_arguments
+from hf_vla.trainer import VLATrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -27,11 +27,12 @@ from torch import nn
 from benchmarks.full_size import Case, device, make_trainer, model_flops, now, plan, train
 from benchmarks.random_weights import fill_with_random
 from benchmarks.result import RESULTS, write_result
+from hf_vla.arguments import training_arguments
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.memory.gpus import facts_of, write_calibration
 from hf_vla.memory.meter import GPUMeter, HostMeter, Meter
 from hf_vla.memory.microbatch import Fit
-from hf_vla.trainer import VLATrainer, training_arguments
+from hf_vla.trainer import VLATrainer
 
 BUDGET = 28 * 2**30
 SECONDS = 570

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from hf_vla.arguments import training_arguments
 from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching import find_caches, fit_views, read_from_caches
 from hf_vla.data.augmentation import AugmentedDataset, varies
@@ -13,7 +14,7 @@ from hf_vla.model.processing_vla import VLAProcessor
 from hf_vla.planning import what_fits
 from hf_vla.recipe import Recipe
 from hf_vla.sample import view_name
-from hf_vla.trainer import VLATrainer, training_arguments
+from hf_vla.trainer import VLATrainer
 
 
 def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:

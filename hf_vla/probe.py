@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset, Subset
 
+from hf_vla.arguments import training_arguments
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.budget import MemoryBudgetError
@@ -14,7 +15,7 @@ from hf_vla.memory.out_of_memory import free_cache
 from hf_vla.memory.probe import ProbeResult, calibrate, probe
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
-from hf_vla.trainer import VLATrainer, training_arguments
+from hf_vla.trainer import VLATrainer
 
 MICRO_STEPS = 2
 """Of an optimizer step that has more: later ones do what the second does, beside the first one's gradients."""

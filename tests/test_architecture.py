@@ -32,6 +32,7 @@ ALLOWED = {
     "progress": {"data", "run"},
     "resumable": {"data", "progress", "saving"},
     "trainer": {"recipe", "model", "checkpoint", "memory", "assemble", "lora", "run", "resumable"},
+    "arguments": {"recipe"},
     "stopping": {"memory"},
     "rollout": {"console", "sample", "data"},
     "memory": {
@@ -51,7 +52,7 @@ ALLOWED = {
     "evaluation": {"recipe", "sample", "data", "policy", "rollout", "run", "geometry"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},
     "planning": {"recipe", "memory", "caching"},
-    "prepare": {"recipe", "data", "model", "sample", "assemble", "caching", "trainer", "planning"},
+    "prepare": {"arguments", "recipe", "data", "model", "sample", "assemble", "caching", "trainer", "planning"},
     "train": None,
     "probe": None,
     "cli": None,

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 import hf_vla.prepare
 import hf_vla.train
+from hf_vla.arguments import training_arguments
 from hf_vla.train import build_trainer, is_restarted, train
-from hf_vla.trainer import training_arguments
 from tests.tiny_run import tiny_recipe
 
 MODEL = {"freeze_vggt": True, "fusion": {"type": "prefix", "dropout": 0.0}}
