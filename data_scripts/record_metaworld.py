@@ -10,7 +10,6 @@ commands, so that recoveries are in the data and the noise isn't.
 import dataclasses
 import io
 import itertools
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from rich.table import Table
 
 from hf_vla.rollout.metaworld_env import ACTION_NAMES, CAMERAS, STATE_NAMES, MetaWorldEnv, control_rate, instruction_of
 from hf_vla.sample import ACTION, IMAGES, STATE
+from hf_vla.workers import WORKERS
 
 HORIZON = 500
 """Simulator steps after which Meta-World itself ends an episode."""
@@ -175,10 +175,9 @@ def record(
     codec = settings.store if storage == "video" else "h264"
     tallies = {task: Tally() for task in tasks}
     os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder otherwise prints a page for each file
-    context = multiprocessing.get_context("spawn")  # a forked worker would share the graphics context
     with (
         LeRobotWriter(out, control_rate(settings.env["action_repeat"]), features, "sawyer", codec) as writer,
-        ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ProcessPoolExecutor(workers, WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         bars = {task: progress.add_task(task, total=count) for task, count in tasks.items()}
         for task, count in tasks.items():

@@ -216,6 +216,9 @@ def push(
 
 def main() -> None:
     """Run the command; whatever the user can mend ends in one line, not in a traceback."""
+    from hf_vla.console import end_quietly_when_interrupted
+
+    end_quietly_when_interrupted()
     _configure()  # before the imports say a word
     from hf_vla.memory.budget import MemoryBudgetError
 

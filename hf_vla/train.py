@@ -6,10 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-from hf_vla.console import set_up_logging
+from hf_vla.console import end_quietly_when_interrupted, set_up_logging
 
-if __name__ == "__main__":
-    set_up_logging()  # before the libraries imported below say a word
+if __name__ == "__main__":  # before the libraries imported below say a word
+    end_quietly_when_interrupted()
+    set_up_logging()
 
 import torch
 import typer

@@ -7,10 +7,8 @@ the result, and is done once its tally is written. The result appears when all p
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +22,7 @@ from hf_vla.convert.episode import RawEpisode, Shard, Source
 from hf_vla.data.lerobot_merge import merge_datasets
 from hf_vla.data.lerobot_writer import LeRobotWriter, image_feature, picture_shape, vector_feature
 from hf_vla.sample import ACTION, IMAGES, STATE
+from hf_vla.workers import WORKERS
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -114,8 +113,7 @@ def _convert_missing(
     progress("convert", len(tallies), len(shards))
     if not missing:
         return tallies
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), WORKERS, _quiet_av1) as pool:
         jobs = {pool.submit(convert_shard, source, shards[n], _part(folder, n), settings): n for n in missing}
         try:
             for job in as_completed(jobs):
@@ -249,12 +247,5 @@ def _write_json(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def _start_worker() -> None:
-    """Have this worker end when its parent is gone: a killed conversion would else leave workers that wait for ever."""
+def _quiet_av1() -> None:
     os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder says a page for every file otherwise
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

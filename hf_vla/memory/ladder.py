@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 from hf_vla.caching.build import AT_ONCE
@@ -27,6 +26,7 @@ from hf_vla.memory.trace import Trace, state_bytes, trace
 from hf_vla.memory.wishes import ALLOW, Wish, allowed_changes, recipe_of
 from hf_vla.recipe import Recipe, RecipeError, make_recipe
 from hf_vla.recipe.consistency import check_consistency
+from hf_vla.workers import WORKERS
 
 AS_IS, EIGHT_BIT, PAGED = "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"
 OPTIMIZERS = {AS_IS: "AdamW", EIGHT_BIT: "8-bit AdamW", PAGED: "paged 8-bit AdamW"}
@@ -278,7 +278,7 @@ class _mapper:
     """A `map` over processes, or in this one if there is to be no other."""
 
     def __init__(self, workers: int):
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), set_up_logging) if workers > 1 else None
+        self._pool = ProcessPoolExecutor(workers, WORKERS, set_up_logging) if workers > 1 else None
 
     def __enter__(self) -> Callable:
         return self._pool.map if self._pool else map

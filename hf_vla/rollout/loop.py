@@ -4,7 +4,6 @@ An environment is anything with the methods of `Env`, a policy anything with tho
 process (simulators hold graphics contexts, models hold threads) is made there, by functions that can be pickled.
 """
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -17,6 +16,7 @@ from PIL import Image
 
 from hf_vla.console import set_up_logging
 from hf_vla.sample import IMAGES
+from hf_vla.workers import WORKERS
 
 THUMBNAIL_SIDE = 96
 
@@ -167,8 +167,7 @@ def run_in_processes(
         on_job: called in order with a job's index and results, for a progress bar.
     """
     results = []
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's locks and the graphics
-    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
+    with ProcessPoolExecutor(workers, WORKERS, _begin_worker) as pool:
         for index, episodes in enumerate(pool.map(_run_job, jobs)):
             results.append(episodes)
             if on_job is not None:
