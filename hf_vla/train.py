@@ -52,7 +52,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         MemoryBudgetError: if the budget is too small to begin with, or nothing is left to try.
         SystemExit: when it was asked to stop by SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    resume = resume or (is_restarted() and (output / run.RECIPE).exists())
+    resume = goes_on(output, resume)
     check_processes(recipe)
     keep_to_budget(recipe, PartialState().num_processes)
     run.check_directory(output, resume)
@@ -103,6 +103,11 @@ def find_checkpoint(output: Path, recipe: Recipe) -> str | None:
             run.add_event(output, step, "resumed", text)
     PartialState().wait_for_everyone()  # none writes before all have looked
     return found.checkpoint and str(found.checkpoint)
+
+
+def goes_on(output: Path, resume: bool) -> bool:
+    """Whether to go on with the run in a directory: as asked, or since the launcher has started this process again."""
+    return resume or (is_restarted() and (output / run.RECIPE).exists())
 
 
 def is_restarted() -> bool:
@@ -172,6 +177,7 @@ def main(
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)
+        run.check_directory(output, goes_on(output, resume))  # before minutes of looking and planning
         check_processes(recipe)  # the first to ask accelerate, which else joins no processes on a CPU
         plan = plan_run(recipe)
         ask_doctor(recipe, output, plan, anyway)

@@ -62,7 +62,7 @@ ALLOWED = {
 # Of the package itself, for anyone.
 PUBLIC = {"__version__", "register_auto_classes"}
 # Each heavy optional package is imported in exactly one file.
-HEAVY = {"metaworld", "mujoco", "matplotlib", "pynvml", "av", "websockets", "h5py", "torchcodec"}
+HEAVY = {"metaworld", "mujoco", "matplotlib", "pynvml", "av", "h5py", "torchcodec"}
 
 
 def part_of(path: Path) -> str:

@@ -92,7 +92,7 @@ def test_an_epochs_last_step_may_be_short(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"memory": {"encode_ahead": -1}}, "how many pairs"),
+        ({"memory": {"encode_ahead": -1}}, "encode_ahead is -1: input should be greater"),
         ({"model": {"freeze_vggt": False}}, "VGGT trains"),
         ({"lora": {"apply_to": ["vggt"]}}, "VGGT trains"),
         ({"memory": {"encode_ahead": 8, "cache": ["vggt"]}}, "memory.cache names 'vggt'"),

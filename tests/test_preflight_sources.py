@@ -149,11 +149,11 @@ def test_what_a_recipe_lets_skip_is_a_warning(tmp_path):
 
 def test_packages_are_compared_with_what_is_required_and_tested(monkeypatch, tmp_path):
     pins = tmp_path / "constraints.txt"
-    pins.write_text("# tested\ntorch==1.0\nwebsockets==0.1\n")
+    pins.write_text("# tested\ntorch==1.0\nh5py==0.1\n")
     monkeypatch.setattr(preflight_sources, "CONSTRAINTS", pins)
     check = check_versions(tiny_recipe())
     assert check.status == "warn" and f"torch {torch.__version__} (tested: ==1.0)" in check.detail
-    assert "websockets" not in check.detail  # this recipe doesn't want it
+    assert "h5py" not in check.detail  # this recipe doesn't want it
 
     required = ["torch>=99", 'nope; extra == "sim"', 'nil; extra == "torchcodec"']
     monkeypatch.setattr(preflight_sources.importlib.metadata, "requires", lambda name: required)

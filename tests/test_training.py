@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+import hf_vla.train
 from hf_vla.checkpoint import load_checkpoint
 from hf_vla.lora import trained_names
 from hf_vla.policy import Policy
 from hf_vla.recipe import RecipeError
-from hf_vla.train import build_trainer, train
+from hf_vla.train import build_trainer, main, train
 from tests import tiny_run
 from tests.tiny_run import SAMPLE, released_weights, tiny_recipe
 
@@ -236,6 +237,15 @@ def test_a_directory_that_holds_a_run_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(tiny_recipe(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_a_directory_that_is_taken_is_refused_before_anything_is_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "recipe.json").write_text("{}")
+    monkeypatch.setattr(hf_vla.train, "run_checks", lambda *arguments: pytest.fail("went through the checklist"))
+    with pytest.raises(SystemExit, match="already holds a run"):
+        main(ROOT / "recipes/tiny.json", output=tmp_path, resume=False, anyway=False)
+    with pytest.raises(SystemExit, match="holds no run to resume"):
+        main(ROOT / "recipes/tiny.json", output=tmp_path / "none", resume=True, anyway=False)
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,6 @@ def _check_fusion(recipe: Recipe) -> None:
 def _check_encode_ahead(recipe: Recipe) -> None:
     """Refuse to run a VGGT ahead of a step that needs it in the step, or never runs it."""
     pairs, is_sharded = recipe.memory.encode_ahead, recipe.training.get("fsdp") or recipe.training.get("deepspeed")
-    if pairs < 0:
-        raise RecipeError(f"memory.encode_ahead is {pairs}: give how many pairs VGGT encodes at once, or 0.")
     if recipe.memory.encode_overlap and not pairs:
         raise RecipeError(
             "memory.encode_overlap is true, but memory.encode_ahead is 0: say there how many pairs VGGT encodes at once, or "

@@ -205,7 +205,7 @@ class Memory:
     embedding_state_bits: Literal[32, 8] = 32
     """Bits in which an 8-bit `training.optim` keeps the moments of embeddings. Trainer's way, 32, takes 0.79 GB more for
     LLaMA-2-7B."""
-    encode_ahead: int = 0
+    encode_ahead: Whole = 0
     """Pairs that a frozen VGGT encodes at once, before an optimizer step and for all its micro-batches; 0 lets each of them
     encode its own. More than a micro-batch is faster where that is small, fewer take less memory; only rounding differs."""
     encode_overlap: bool = False
