@@ -72,9 +72,7 @@ def load_checkpoint(source: str | Path) -> tuple[VLAForActionPrediction, VLAProc
         ValueError: if a file of weights is damaged, or holds other weights than the recipe's model.
     """
     directory = find_folder(str(source))
-    for name in (RECIPE, "config.json"):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{source} is no checkpoint of hf_vla: it has no {name}.")
+    check_files(directory, source)
     register_auto_classes()  # or transformers asks on the terminal whether to run the code that lies beside the weights
     recipe = load_recipe(directory / RECIPE)
     processor = VLAProcessor.from_pretrained(directory)
@@ -82,6 +80,24 @@ def load_checkpoint(source: str | Path) -> tuple[VLAForActionPrediction, VLAProc
         return _load_model(recipe, directory), processor, recipe
     except SafetensorError as error:
         raise ValueError(f"{directory}: its weights are damaged ({error}). Copy or fetch it again.") from None
+
+
+def check_files(directory: Path, source: str | Path) -> None:
+    """Refuse a folder that lacks a file without which no checkpoint opens.
+
+    Args:
+        directory: the folder.
+        source: what a person calls it.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    weights = WHOLE if (directory / WHOLE).is_file() else TRAINED
+    for name in (RECIPE, "config.json", "processor_config.json", weights):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"{source} is no checkpoint of hf_vla: it has no {name}. A run writes its model anew by --resume."
+            )
 
 
 def _load_model(recipe: Recipe, directory: Path) -> VLAForActionPrediction:

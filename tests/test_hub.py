@@ -215,6 +215,15 @@ def test_a_directory_without_a_finished_run_is_refused(hub, tmp_path, lora_run):
     assert not hub.requests
 
 
+@pytest.mark.parametrize("name", ["processor_config.json", "trained.safetensors"])
+def test_a_model_that_nobody_could_open_is_not_pushed(hub, tmp_path, lora_run, name):
+    run = copy_of(lora_run, tmp_path)
+    (run / "model" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"it has no {name}"):
+        push(run, REPO)
+    assert not hub.requests
+
+
 def test_what_isnt_there_cant_be_opened(hub, tmp_path, lora_run):
     with pytest.raises(FileNotFoundError, match="nor a repository that the Hub shows you"):
         load_checkpoint("ada/nothing")

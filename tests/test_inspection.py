@@ -296,6 +296,14 @@ def test_episodes_that_are_judged_by_must_not_be_trained_on(good, tmp_path):
     assert found.level == "error" and f"1 of 6 episodes of {other}" in found.text
 
 
+def test_a_dataset_to_judge_by_that_is_not_there_is_named_before_any_looking(good, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder 'nosuch'"):
+        inspect(good, tmp_path / "page.html", against=["nosuch"])
+    assert not (tmp_path / "page.html").exists()
+    (found,) = inspect("nosuch", tmp_path / "page.html", against=[good]).findings
+    assert found.kind == "unreadable" and (tmp_path / "page.html").exists()
+
+
 def test_commands_that_lead_are_found():
     steps = np.arange(100)
     position = 1 + np.sin(steps / 25)[:, None] * [1, 2]

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from hf_vla import run
-from hf_vla.checkpoint import WHOLE
+from hf_vla.checkpoint import WHOLE, check_files
 from hf_vla.hub.card import backbones, model_card
 from hf_vla.merge import merge
 from hf_vla.recipe import Recipe, load_recipe
@@ -71,6 +71,7 @@ def push_if_asked(run_dir: Path, recipe: Recipe) -> None:
 
 
 def _send(run_dir: Path, model_dir: Path, repo_id: str, private: bool) -> str:
+    check_files(model_dir, model_dir)
     card = model_card(run_dir, model_dir, repo_id)
     if not (model_dir / WHOLE).is_file():
         _warn_of_local_weights(load_recipe(model_dir / run.RECIPE))

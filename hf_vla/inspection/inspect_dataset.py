@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vla.inspection.number_checks import check_overlap
+from hf_vla.inspection.finding import Finding
+from hf_vla.inspection.number_checks import Vector, check_overlap
 from hf_vla.inspection.page import write_page
-from hf_vla.inspection.recordings import Recordings, read_lerobot
+from hf_vla.inspection.recordings import Recordings, read_actions, read_lerobot
 from hf_vla.inspection.rlds import read_rlds
 from hf_vla.sample import ACTION
 
@@ -25,14 +26,14 @@ def inspect(
         What the page shows; its `findings` are sorted, the worst first. A dataset that can't be opened has one.
 
     Raises:
-        ValueError: where a dataset to compare with can't be read.
+        ValueError, OSError: where a dataset to judge by can't be opened.
     """
+    others = [read_actions(other) for other in against]
     if is_rlds(Path(source)):
         recordings = read_rlds(source)
     else:
         recordings = read_lerobot(source, revision)
-    for other in against:
-        recordings.add(_compare(recordings, other))
+    recordings.add(_compare(recordings, others))
     write_page(recordings, Path(output))
     return recordings
 
@@ -42,10 +43,7 @@ def is_rlds(folder: Path) -> bool:
     return (folder / "features.json").is_file() or any(folder.glob("*/features.json"))
 
 
-def _compare(recordings: Recordings, other: str | Path):
+def _compare(recordings: Recordings, others: Sequence[Vector]) -> list[Finding]:
+    """Look for shared episodes; a dataset that can't be opened has no actions, and a finding that says so."""
     ours = [vector for vector in recordings.vectors if vector.key == ACTION]
-    theirs = [vector for vector in read_lerobot(other).vectors if vector.key == ACTION]
-    if not ours or not theirs:
-        raise ValueError(f"{other}: can't be compared with {recordings.name}: one of them couldn't be read.")
-    renamed = type(theirs[0])(str(other), theirs[0].names, theirs[0].values, theirs[0].episodes)
-    return [finding for finding in check_overlap(ours[0], [renamed]) if finding.kind == "overlap"]
+    return [finding for actions in ours for finding in check_overlap(actions, others) if finding.kind == "overlap"]

@@ -6,7 +6,7 @@ Letters: N rows, D dimensions, V views.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def read_lerobot(source: str | Path, revision: str | None = None) -> Recordings:
     recordings.add(check_numbers(vectors[STATE], vectors[ACTION]))
     recordings.add(check_pictures(seen, moving(vectors[STATE])))
     return recordings
+
+
+def read_actions(source: str | Path) -> Vector:
+    """Read all actions of a LeRobot dataset, under the name that it was asked for by."""
+    return replace(_vector(open_dataset(source, on_error="skip"), ACTION), key=str(source))
 
 
 def _left_out(info: DatasetInfo) -> list[Finding]:
