@@ -35,6 +35,8 @@ class Progress:
     total_loss: float = 0.0
     """Sum of all losses before that line."""
     logged_step: int = 0
+    seconds: float = 0.0
+    """Of training, in all sessions that led here."""
     skipped: int = 0
     """Samples that couldn't be read and were left out."""
 

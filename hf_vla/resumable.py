@@ -6,6 +6,7 @@ of the log, and leaves half a checkpoint where it is killed while writing one.
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class ResumableTrainer(Trainer):
         """What the checkpoint said, in a run that goes on."""
         self.skipped = 0
         """Samples of all ranks that couldn't be read."""
+        self._began, self._summary = time.monotonic(), {}
         self._batches_done = self._steps_in_epoch = 0
         self._epoch_is_over = False
         self._step_start = (0, torch.zeros(()))
@@ -52,7 +54,9 @@ class ResumableTrainer(Trainer):
         self.resumed = Progress.load(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         if self.resumed:
             self.args.eval_on_start = False  # it was done
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result.metrics.update(self._summary)
+        return result
 
     # Data
 
@@ -131,6 +135,7 @@ class ResumableTrainer(Trainer):
     def take_up(self) -> None:
         """Go on with the log and the generators where the checkpoint left them; in a new run, let ranks draw apart."""
         saved, rank = self.resumed, self.args.process_index
+        self._began = time.monotonic()
         if saved is None:
             if rank:
                 self._draw_apart(0)
@@ -205,15 +210,29 @@ class ResumableTrainer(Trainer):
         self._epoch_is_over = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, the whole run's mean loss in place of that since it went on."""
+        """Log as Trainer does, the whole run's mean loss and speed in place of those since it went on."""
         if "train_loss" in logs:
-            logs["train_loss"] = self.mean_loss
+            self._summary = {**self._speed(), "train_loss": self.mean_loss}
+            logs.update(self._summary)
         super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        seconds = self.seconds
+        return {
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(self.state.epoch * len(self.order) / seconds, 3),
+            "train_steps_per_second": round(self.state.global_step / seconds, 3),
+        }
 
     @property
     def mean_loss(self) -> float:
         """Give the mean loss of all steps since the run began, once training has ended."""
         return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Give the seconds that training took so far, those before it went on among them."""
+        return (self.resumed.seconds if self.resumed else 0.0) + time.monotonic() - self._began
 
     @property
     def _accumulation(self) -> int:
@@ -242,6 +261,7 @@ class ResumableTrainer(Trainer):
             losses=losses,
             total_loss=self._total_loss_scalar,
             logged_step=self._globalstep_last_logged,
+            seconds=self.seconds,
             skipped=self.skipped,
         )
 

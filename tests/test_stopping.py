@@ -25,7 +25,8 @@ from tests.tiny_run import tiny_recipe
 
 torch.set_num_threads(1)  # as in the process that is stopped: more threads sum in another order
 
-STEPS = 60
+STEPS, SEEN = 60, 2 * 90 + 14 * 4
+"""Optimizer steps of 4 samples, and the samples of 2 whole epochs and 14 steps: an epoch's last step has only 2."""
 
 
 def recipe(**training) -> Recipe:
@@ -88,9 +89,12 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, sen
     assert f"Stopped at step {step} of {STEPS}, as asked: --resume goes on from there." in output
     assert "Traceback" not in output
 
+    before = json.loads((tmp_path / f"run/checkpoint-{step}/progress.json").read_text())["seconds"]
+    begun = time.monotonic()
     train(recipe(), tmp_path / "run", resume=True)
     info = read_info(tmp_path / "run")
-    assert info["samples_per_second"] * info["seconds"] == pytest.approx(4 * (STEPS - step), rel=0.01)
+    assert 0 < before < info["seconds"] < before + time.monotonic() - begun
+    assert info["samples_per_second"] * info["seconds"] == pytest.approx(SEEN, rel=0.01)
     expected = train(recipe(), tmp_path / "expected")
     assert compare(tmp_path / "run", expected) == []
 
