@@ -267,6 +267,10 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint, whole or not at all; keep the newest ones and the best."""
+        with saving.said_plainly(Path(self.args.output_dir)):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         run = Path(self.args.output_dir)
         if self.args.should_save:
             saving.begin(run, self.state.global_step)

@@ -1,6 +1,7 @@
 """One run directory: what was asked for, what ran, and what came out, in files that a person and `report.py` read."""
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -8,9 +9,10 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -20,6 +22,7 @@ from hf_vla.recipe import Recipe, load_recipe
 RECIPE = "recipe.json"
 INFO = "run.json"
 MODEL = "model"
+LOCK = ".lock"
 FIRST_SKIPPED = 20
 """Skipped samples that are named; the others are counted."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate", "numpy")
@@ -39,6 +42,38 @@ def check_directory(directory: str | Path, resume: bool) -> None:
         )
     if resume and not holds_run:
         raise FileNotFoundError(f"{directory} holds no run to resume (it has no {RECIPE}).")
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep a run directory, made where it isn't there yet, to this process, however that ends.
+
+    Raises:
+        FileExistsError: if another process trains in it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("w") as file:
+        _lock(file, directory)
+        try:
+            yield
+        finally:
+            (directory / LOCK).unlink()
+            with suppress(OSError):  # it holds something, then, as it should
+                directory.rmdir()
+
+
+def _lock(file: TextIO, directory: Path) -> None:
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # flock's would be the loader's workers', too, and outlive a kill
+    except (BlockingIOError, PermissionError):
+        raise FileExistsError(
+            f"{directory}: another training is at work in it. Wait for it, end it, or choose another --output; nothing was "
+            "changed."
+        ) from None
+    except OSError:  # a file system that has no locks
+        pass
 
 
 def check_finished(directory: str | Path) -> None:

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ CONTENTS = "contents.json"
 
 _WHOLE = re.compile(r"checkpoint-(\d+)")
 _ASIDE = "unfinished-"
+_TORCH_WRITER = "inline_container"
+"""Is in what torch.save says of a file that it can't write: a RuntimeError, as much else is."""
 
 
 class Found(NamedTuple):
@@ -46,6 +50,25 @@ def begin(run: Path, step: int) -> None:
     """Make the empty folder that a checkpoint is written into."""
     shutil.rmtree(aside(run, step), ignore_errors=True)
     aside(run, step).mkdir(parents=True)
+
+
+@contextmanager
+def said_plainly(run: Path) -> Iterator[None]:
+    """Turn each library's words for a file that it can't write into ones that say what to do.
+
+    Raises:
+        OSError: of a disk that is full, most often.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"{run} can't be written into ({reason}). Make room there, then go on by --resume: checkpoints that were "
+            "whole before are so still."
+        ) from None
 
 
 def finish(run: Path, step: int) -> None:

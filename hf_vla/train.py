@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -48,13 +49,18 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
 
     Raises:
         RecipeError: if the recipe can't be run here as it stands.
-        FileExistsError: if the directory already holds a run, or one to resume that is over.
+        FileExistsError: if the directory already holds a run, one to resume that is over, or one that is being trained.
         MemoryBudgetError: if the budget is too small to begin with, or nothing is left to try.
         SystemExit: when it was asked to stop by SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    resume = goes_on(output, resume)
     check_processes(recipe)
     keep_to_budget(recipe, PartialState().num_processes)
+    with run.held(output) if PartialState().is_main_process else nullcontext():
+        return train_here(recipe, output, goes_on(output, resume), plan)
+
+
+def train_here(recipe: Recipe, output: Path, resume: bool, plan: Plan | None) -> Path:
+    """Train in a run directory that no other process trains in."""
     run.check_directory(output, resume)
     checkpoint = find_checkpoint(output, recipe) if resume else None
     PartialState().wait_for_everyone()  # or the first rank may begin a run that another has yet to look for
@@ -72,7 +78,8 @@ def train(recipe: Recipe, output: Path, resume: bool = False, plan: Plan | None 
         steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
         trainer.tell("stopped", f"Stopped at {steps}, as asked: --resume goes on from there.")
         raise SystemExit(asked.exit_code)
-    trainer.save_policy(output / run.MODEL)
+    with saving.said_plainly(output):
+        trainer.save_policy(output / run.MODEL)
     if trainer.is_world_process_zero():
         write_results(trainer, result.metrics, output)
     PartialState().wait_for_everyone()

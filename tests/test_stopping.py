@@ -1,7 +1,9 @@
 """Asked to stop, a training ends its step and leaves a checkpoint that it goes on from to the last bit."""
 
+import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from benchmarks.killed import compare
 from hf_vla import saving
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
-from hf_vla.run import read_info
+from hf_vla.run import LOCK, read_info
 from hf_vla.stopping import StopWhenAsked
 from hf_vla.train import train
 from tests.tiny_run import tiny_recipe
@@ -38,7 +40,7 @@ def recipe(**training) -> Recipe:
     )
 
 
-def start(directory: Path, wanted: Recipe) -> subprocess.Popen:
+def start(directory: Path, wanted: Recipe, **options) -> subprocess.Popen:
     """Train in a process of its own, as a user would, and wait until it has done some steps."""
     file = directory.with_suffix(".json")
     file.write_text(json.dumps(wanted.to_dict()))
@@ -50,6 +52,7 @@ def start(directory: Path, wanted: Recipe) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        **options,
     )
     steps = directory / "memory.jsonl"
     while process.poll() is None and not (steps.exists() and steps.read_text().count("\n") >= 3):
@@ -105,6 +108,30 @@ def test_workers_of_the_evaluation_outlive_it_too(tmp_path):
     next(batches)
     workers = psutil.Process().children()
     assert workers and all(os.getpgid(worker.pid) == worker.pid for worker in workers)
+
+
+def test_a_run_that_is_being_trained_is_not_gone_on_with(tmp_path):
+    process = start(tmp_path / "run", recipe())
+    process.send_signal(signal.SIGSTOP)  # or it may end first
+    with pytest.raises(FileExistsError, match="another training is at work in it"):
+        train(recipe(), tmp_path / "run", resume=True)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize("limit", [200_000, 600_000], ids=["weights", "optimizer"])
+def test_a_disk_that_is_full_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, limit):
+    few = recipe(max_steps=4, save_steps=4)
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    process = start(tmp_path / "run", few, preexec_fn=full)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"Error: {tmp_path / 'run'} can't be written into (" in output and "Traceback" not in output
+    assert saving.find(tmp_path / "run").checkpoint is None
+    train(few, tmp_path / "run", resume=True)
+    assert compare(tmp_path / "run", train(few, tmp_path / "expected")) == []
 
 
 @pytest.mark.slow
