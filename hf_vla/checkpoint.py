@@ -93,11 +93,11 @@ def check_files(directory: Path, source: str | Path) -> None:
         FileNotFoundError: naming the file.
     """
     weights = WHOLE if (directory / WHOLE).is_file() else TRAINED
+    is_run = (directory / "model" / RECIPE).is_file()
+    hint = f"Give {source}/model." if is_run else "A run writes its model anew by --resume."
     for name in (RECIPE, "config.json", "processor_config.json", weights):
         if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{source} is no checkpoint of hf_vla: it has no {name}. A run writes its model anew by --resume."
-            )
+            raise FileNotFoundError(f"{source} is no checkpoint of hf_vla: it has no {name}. {hint}")
 
 
 def _load_model(recipe: Recipe, directory: Path) -> VLAForActionPrediction:

@@ -7,10 +7,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+ORDER = (
+    "In the order of a first run: inspect a dataset, plan a recipe for it, ask the doctor, train by `accelerate launch "
+    "hf_vla/train.py RECIPE --output RUN`, evaluate. Recipes are in recipes/; hf_vla/recipe/sections.py says what each "
+    "key means."
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=ORDER)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, as data.batch_size=4; repeatable.")
+]
 Run = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 
 

@@ -81,6 +81,7 @@ def check_finished(directory: str | Path) -> None:
 
     Raises:
         FileNotFoundError: saying what is missing.
+        ValueError: if its `run.json` is damaged.
     """
     for name, meaning in (
         (INFO, "it isn't a run directory; training writes one"),
@@ -88,6 +89,7 @@ def check_finished(directory: str | Path) -> None:
     ):
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}, so {meaning}.")
+    read_info(directory)
 
 
 def open_run(directory: str | Path, recipe: Recipe) -> None:
@@ -154,9 +156,16 @@ def now() -> str:
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
-    """Read `run.json`; empty where there is none yet."""
+    """Read `run.json`; empty where there is none yet.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     path = Path(directory) / INFO
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: can't be read as JSON ({error}). Mend it or remove it.") from None
 
 
 def update_info(directory: str | Path, changes: dict[str, Any]) -> None:

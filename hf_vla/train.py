@@ -175,12 +175,17 @@ def last_eval_loss(history: list[dict[str, float]]) -> float | None:
 
 def main(
     recipe_file: Annotated[Path, typer.Argument(help="Recipe, JSON or YAML.", metavar="RECIPE")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, as data.batch_size=4; repeatable.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Train even if the doctor advises against it.")] = False,
 ) -> None:
-    """Train a policy as a recipe says."""
+    """Train a policy as a recipe says, once the doctor finds nothing against it.
+
+    Ctrl-C ends the step and writes a checkpoint; --resume goes on. `hf-vla evaluate RUN` then says how good it is.
+    """
     output = output or Path("runs") / recipe_file.stem
     try:
         recipe = load_recipe(recipe_file, overrides)

@@ -40,6 +40,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, command):
     assert "none has no run.json, so it isn't a run directory" in str(error)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "rollout", "merge", "push"])
+def test_a_damaged_record_of_a_run_is_named(tmp_path, command):
+    (tmp_path / "run.json").write_text('{"steps": 1')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/recipe.json").write_text("{}")
+    error = call(command, tmp_path).exception
+    assert isinstance(error, ValueError) and "run.json: can't be read as JSON" in str(error)
+
+
 def test_a_search_names_its_own_mistakes_before_those_of_its_output(tmp_path):
     there = tmp_path / "planned.json"
     there.touch()

@@ -64,11 +64,19 @@ def test_adapters_go_with_what_they_need_and_act_alike_when_opened_from_there(hu
     assert not {"model.safetensors", "optimizer.pt"} & set(sent)
     for name, path in sent.items():
         source = lora_run / ("" if name in ("run.json", "report.html") else "model") / name
-        assert name == "README.md" or path.read_bytes() == source.read_bytes()
+        assert name in ("README.md", "adapter_config.json") or path.read_bytes() == source.read_bytes()
     assert hub.private == {REPO}
     assert hub.commits == 1
     here, there = (Policy.from_pretrained(source) for source in (lora_run / "model", REPO))
     assert here.predict_action_chunk(observation()).tobytes() == there.predict_action_chunk(observation()).tobytes()
+
+
+def test_transformers_says_what_opens_pushed_adapters(hub, tmp_path, lora_run):
+    push(lora_run, REPO)
+    code = f"from transformers import AutoModel; AutoModel.from_pretrained({REPO!r}, trust_remote_code=True)"
+    process = {"cwd": tmp_path, "env": environment(hub.url, tmp_path), "capture_output": True, "text": True}
+    said = subprocess.run([sys.executable, "-c", code], **process).stderr
+    assert "ada/faucets holds only what training changed" in said and "hf_vla.Policy.from_pretrained" in said
 
 
 def test_no_pickle_is_ever_sent(hub, tmp_path, lora_run):

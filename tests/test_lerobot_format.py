@@ -117,6 +117,13 @@ def test_no_data_at_all_names_the_first_file(tmp_path):
         open_dataset(root)
 
 
+def test_a_dataset_of_no_episodes_is_said_to_be_one(tmp_path):
+    root = write_v2(tmp_path / "empty")
+    (root / "meta/episodes.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty: the dataset has no episodes"):
+        open_dataset(root)
+
+
 def test_a_scattered_episode_is_refused(tmp_path):
     root = write_v2(tmp_path / "torn")
     files = sorted((root / "data").rglob("*.parquet"))

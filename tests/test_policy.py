@@ -59,6 +59,11 @@ def test_damaged_weights_are_said(tmp_path, sections):
         Policy.from_pretrained(model)
 
 
+def test_a_run_directory_in_place_of_its_model_is_told_from_what_is_none(run):
+    with pytest.raises(FileNotFoundError, match=f"Give {run}/model"):
+        Policy.from_pretrained(run)
+
+
 def test_view_order_travels_with_the_checkpoint(run_of_moments):
     assert Policy.from_pretrained(run_of_moments / "model").processor.views == [
         "corner2",

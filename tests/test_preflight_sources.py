@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,6 +53,13 @@ def test_a_folder_without_weights_or_tokenizer_fails(tmp_path):
     checks = weights_of(lang_encoder=str(folder))
     assert "has no weights" in checks["Weights of the language encoder"].detail
     assert "has no tokenizer" in checks["Tokenizer"].detail
+
+
+def test_a_damaged_tokenizer_fails(tmp_path):
+    folder = save_decoder(tmp_path / "decoder")
+    os.truncate(folder / "tokenizer.json", 200)
+    check = weights_of(lang_encoder=str(folder))["Tokenizer"]
+    assert check.status == "fail" and f"{folder}: its tokenizer can't be read" in check.detail
 
 
 def test_a_damaged_vggt_file_and_a_wrong_path_fail(tmp_path):

@@ -179,10 +179,12 @@ def episodes_on_disk(
         for episode in meta.episodes
     ]
     places = [k for k, episode in enumerate(wanted) if set(episode.files) <= there]
+    if not wanted:
+        raise ValueError(f"{root}: the dataset has no episodes. Was its recording or conversion cut short?")
     if not places:
         raise FileNotFoundError(
-            f"{root}: meta/ describes {len(wanted)} episodes, but none has its files on disk"
-            + (f"; {wanted[0].file} would be the first." if wanted else ".")
+            f"{root}: meta/ describes {len(wanted)} episodes, but none has its files on disk; {wanted[0].file} would be the "
+            "first."
         )
     part = wanted[places[0] : places[-1] + 1]
     if len(part) < len(wanted):

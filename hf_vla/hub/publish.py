@@ -1,5 +1,6 @@
 """Publish a run: its checkpoint, its recipe, what was measured, and a card that says all three to whoever finds it."""
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from hf_vla.recipe import Recipe, load_recipe
 
 CARD = "README.md"
 REPORT = "report.html"
-CONTRADICTING = (".safetensors", "adapter_config.json")
+ADAPTER_CONFIG = "adapter_config.json"
+CONTRADICTING = (".safetensors", ADAPTER_CONFIG)
 """Ends of names of files that must not outlive the checkpoint that they came with."""
 
 PUBLISHED = (".safetensors", ".json", ".py", ".png", ".model", ".txt", ".jinja")
@@ -77,7 +79,7 @@ def _send(run_dir: Path, model_dir: Path, repo_id: str, private: bool) -> str:
         _warn_of_local_weights(load_recipe(model_dir / run.RECIPE))
     paths = [path for path in sorted(model_dir.iterdir()) if path.name.endswith(PUBLISHED)]
     paths += [path for path in (run_dir / run.INFO, run_dir / REPORT) if path.is_file()]
-    additions = [CommitOperationAdd(path.name, path) for path in paths]
+    additions = [_addition(path, repo_id) for path in paths]
     additions.append(CommitOperationAdd(CARD, card.encode()))
     api = HfApi()
     with _said_plainly(repo_id):
@@ -89,6 +91,17 @@ def _send(run_dir: Path, model_dir: Path, repo_id: str, private: bool) -> str:
         deletions = _contradicting(api.list_repo_files(repo_id), {addition.path_in_repo for addition in additions})
         api.create_commit(repo_id, [*additions, *deletions], commit_message=f"Push {run_dir.resolve().name}")
     return str(address)
+
+
+def _addition(path: Path, repo_id: str) -> CommitOperationAdd:
+    """Send a file as it is, but let adapters be based on their own repository.
+
+    AutoModel looks there for the model's code, which says what to open them with; of no base it says only that '' isn't one.
+    """
+    if path.name != ADAPTER_CONFIG:
+        return CommitOperationAdd(path.name, path)
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": repo_id}
+    return CommitOperationAdd(path.name, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _warn_of_local_weights(recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from hf_vla.memory.check import Check
 from hf_vla.recipe import Recipe
 from hf_vla.weights.decoder import lang_encoder_config
 from hf_vla.weights.files import is_hub_id
-from hf_vla.weights.tokenizer import TOKENIZER_FILES
+from hf_vla.weights.tokenizer import TOKENIZER_FILES, load_tokenizer
 from hf_vla.weights.vggt import vggt_config
 
 LICENCES = {
@@ -147,6 +147,7 @@ def _open_decoder(folder: str) -> None:
 def _open_tokenizer(folder: str) -> None:
     if not any(Path(folder, name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder} has no tokenizer: looked for {', '.join(TOKENIZER_FILES)}.")
+    load_tokenizer(folder)
 
 
 def open_data(recipe: Recipe) -> tuple[Check, WindowDataset | None]:

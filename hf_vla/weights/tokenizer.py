@@ -17,11 +17,16 @@ def load_tokenizer(source: str | dict[str, Any]) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: if the source isn't there, or has no tokenizer; says how to get it.
+        ValueError: if its files are damaged.
     """
     if isinstance(source, dict):
         return byte_tokenizer()
     require_file(source, TOKENIZER_FILES, "tokenizer; name one that fits by model.tokenizer")
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # tokenizers raises nothing more exact for a file that it can't read
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source}: its tokenizer can't be read ({reason}). Fetch its files again.") from error
 
 
 def byte_tokenizer(texts: Iterable[str] = (), vocab_size: int = 0) -> PreTrainedTokenizerFast:
