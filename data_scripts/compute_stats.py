@@ -44,11 +44,21 @@ def main(
 
 
 def compute(folder: Path) -> dict[str, RunningStats]:
-    """Read every row of a dataset once."""
+    """Read every row of a dataset once.
+
+    Raises:
+        FileNotFoundError, ValueError: if it has no rows, or none of states and actions.
+    """
     files = sorted((folder / "data").rglob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder}: no parquet file is in data/; give the folder of a LeRobot dataset.")
-    return stats_of_files(track(files, folder.name, transient=True))
+    counted = stats_of_files(track(files, folder.name, transient=True))
+    missing = [key for key in (STATE, ACTION) if key not in counted]
+    if missing:
+        raise ValueError(
+            f"{folder}: data/ holds no rows of {' and '.join(missing)}; is it a LeRobot dataset, and whole?"
+        )
+    return counted
 
 
 def merge(counted: dict[Path, dict[str, RunningStats]]) -> dict[str, RunningStats]:

@@ -139,7 +139,8 @@ def test_a_picture_that_cannot_be_decoded_fails(monkeypatch):
         raise ValueError(f"sample {i}: a video is cut short")
 
     monkeypatch.setattr(preflight_sources.WindowDataset, "__getitem__", cut_short)
-    assert open_data(tiny_recipe())[0].detail == "sample 0: a video is cut short"
+    check, _ = open_data(tiny_recipe())
+    assert check.detail == "sample 0: a video is cut short" and "data.on_error=skip" in check.advice
 
 
 def test_what_a_recipe_lets_skip_is_a_warning(tmp_path):

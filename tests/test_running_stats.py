@@ -119,3 +119,11 @@ def test_the_script_names_what_it_cannot_read(tmp_path):
     done = run(root)
     assert done.exit_code == 1 and "file-001.parquet: can't be read as parquet" in done.output
     assert not (root / "meta/stats.json").exists()
+
+
+def test_the_script_names_a_dataset_without_rows(tmp_path):
+    root = lerobot_folders.write_v3(tmp_path / "toy")
+    for file in root.glob("data/**/*.parquet"):
+        pq.write_table(pq.read_table(file).slice(0, 0), file)
+    done = run(root)
+    assert done.exit_code == 1 and "holds no rows of observation.state and action" in " ".join(done.output.split())

@@ -143,7 +143,7 @@ def stats_of_files(files: Iterable[Path]) -> dict[str, RunningStats]:
         try:
             source = pq.ParquetFile(file)
             keys = [field.name for field in source.schema_arrow if _is_numbers(field.type)]
-            for group in range(source.num_row_groups):
+            for group in range(source.num_row_groups if source.metadata.num_rows else 0):
                 _count(file, source.read_row_group(group, columns=keys), counted)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file}: can't be read as parquet ({error}). Fetch or record it again.") from None

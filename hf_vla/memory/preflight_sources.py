@@ -158,10 +158,16 @@ def open_data(recipe: Recipe) -> tuple[Check, WindowDataset | None]:
     """
     try:
         train, held_out = build_datasets(recipe.data, recipe.model.chunk_size, recipe.training["seed"])
-        samples = DrawnSamples(train, recipe.data.on_error)
-        (first, fault), (_, another) = samples[0], samples[len(train) - 1]
     except (ValueError, OSError, ImportError) as error:
         return Check("fail", "Dataset", str(error)), None
+    try:
+        samples = DrawnSamples(train, recipe.data.on_error)
+        (first, fault), (_, another) = samples[0], samples[len(train) - 1]
+    except ImportError as error:
+        return Check("fail", "Dataset", str(error)), None
+    except (ValueError, OSError) as error:
+        advice = "Fetch or record it again, or leave out what can't be read: data.on_error=skip."
+        return Check("fail", "Dataset", str(error), advice if recipe.data.on_error == "raise" else ""), None
     info, size = train.info, recipe.data.image_size
     seen = zip(train.views, first.images, strict=True)
     pictures = ", ".join(f"{view.camera} {image.shape[1]}x{image.shape[0]}" for view, image in seen)
