@@ -57,16 +57,15 @@ def held(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (directory / LOCK).unlink()
+            (directory / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # it holds something, then, as it should
                 directory.rmdir()
 
 
 def _lock(file: TextIO, directory: Path) -> None:
     try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # flock's would be the loader's workers', too, and outlive a kill
+        # Not flock: the loader's workers would inherit that, and hold it after a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise FileExistsError(
             f"{directory}: another training is at work in it. Wait for it, end it, or choose another --output; nothing was "
