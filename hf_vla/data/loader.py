@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -215,11 +216,18 @@ def build_loader(
 def step_aside(worker: int) -> None:
     """Let a worker outlive the stop of its trainer, which needs it to the end of the step, and ends it then.
 
-    torchrun and terminals signal a whole process group, so it makes one of its own. A scheduler may signal every process:
-    it then ends as one whose work is done, since torch raises an error in the trainer for a worker that was killed.
+    torchrun and terminals signal a whole process group, so it makes one of its own. A scheduler may signal every process,
+    and the batches that a worker has made would go with it: so it hears SIGTERM from its trainer alone.
     """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
+
+
+def _end_when_the_trainer_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class EpochLoader(DataLoader):
