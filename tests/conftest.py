@@ -1,7 +1,12 @@
 """What every test runs under."""
 
+import signal
+
 import datasets
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell that runs the tests in the background has them, and the programs that they start, ignore Ctrl-C."""
 
 
 @pytest.fixture(autouse=True, scope="session")
