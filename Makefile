@@ -1,6 +1,7 @@
 # Every target works first on a fresh clone: it makes .venv where there is none.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := build/oldest
 RUN ?= runs/$(patsubst train-%,%,$@)-$(shell date +%Y%m%d-%H%M%S)
 DATASET ?= datasets/metaworld_tiny
 RECIPE ?= recipes/lora.json
@@ -17,7 +18,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
 .PHONY: install train-tiny train-safe train-balanced train-max train-lora train-qlora plan doctor style quality test test-slow \
-        test-sim test-gpu clean
+        test-sim test-gpu test-oldest clean
 
 install: .venv/installed
 
@@ -31,8 +32,8 @@ endif
 	-@$(BIN)/python -m hf_vla.rollout.graphics
 	touch $@
 
-train-tiny: install
-	$(BIN)/python data_scripts/train_tiny.py --dataset $(DATASET) --run $(RUN)
+train-tiny: install  # on the CPU: PyTorch would ask things of a GPU that is there, and fail where it is full
+	CUDA_VISIBLE_DEVICES= $(BIN)/python data_scripts/train_tiny.py --dataset $(DATASET) --run $(RUN)
 
 # Doctor and plan first: the one stops at what can't work here (exit code 1), the other at what doesn't fit (3).
 train-safe train-balanced train-max train-lora train-qlora: install
@@ -62,6 +63,12 @@ test-sim: install
 
 test-gpu: install
 	$(BIN)/pytest -m gpu
+
+test-oldest:  # with the oldest releases that pyproject.toml allows
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[dev]"
+	$(OLDEST)/bin/pytest
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

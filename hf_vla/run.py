@@ -137,7 +137,8 @@ def describe_machine() -> str:
 def package_versions() -> dict[str, str]:
     """Give the installed version of each package that results depend on."""
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    return {**versions, "torch": torch.__version__}  # with its build, as in +cu130, which its metadata leave out
 
 
 def git_commit() -> str | None:

@@ -170,6 +170,16 @@ def test_the_allocator_reserves_no_less_than_tensors_hold(extent):
     assert reserved_peak(ledger) >= ledger.peak()[0]
 
 
+def test_gpus_that_are_here_are_left_alone(monkeypatch):
+    def touch():
+        raise AssertionError("a CUDA context was made")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", touch)
+    recipe = tiny_recipe(training={"optim": "adamw_torch"})
+    assert traced(recipe, extent="step").ledger.held("optimizer") == state_bytes(recipe, SHAPES)
+
+
 def test_a_trace_ends_with_the_optimizers_states():
     recipe = tiny_recipe()
     run = traced(recipe, extent="step")

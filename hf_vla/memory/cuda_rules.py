@@ -32,6 +32,19 @@ def cuda_autocast() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def leaving_gpus_alone() -> Iterator[None]:
+    """Keep a trace from the GPUs that are here: half a GiB would be taken there, and fail where one is full.
+
+    An optimizer asks, before each step, whether its stream is being captured into a CUDA graph.
+    """
+    with (
+        patch.object(torch.accelerator, "current_accelerator", return_value=None),
+        patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),  # PyTorch 2.8 asks here
+    ):
+        yield
+
+
 def _run_in_float32(operation: torch._ops.OpOverload, *args, **kwargs):
     """Run an operation below autocast, its 16-bit arguments in float32."""
     args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vla.assemble import build_config, build_on_meta
 from hf_vla.lora import count_parameters
-from hf_vla.memory.cuda_rules import cuda_autocast, offloading, workspace_bytes
+from hf_vla.memory.cuda_rules import cuda_autocast, leaving_gpus_alone, offloading, workspace_bytes
 from hf_vla.memory.encode_ahead import EncodeAhead, micro_batches_at_once
 from hf_vla.memory.ledger import Ledger
 from hf_vla.memory.materialize import fake_tables, fill_with_fake
@@ -80,7 +80,7 @@ def trace(
     model = build_on_meta(recipe, config)
     size = batch_size or recipe.data.batch_size
     tracker = MemoryTracker(workspace)
-    with without_cycles(), fake_tables(), FakeTensorMode(), cuda_autocast(), offloading(tracker):
+    with without_cycles(), leaving_gpus_alone(), fake_tables(), FakeTensorMode(), cuda_autocast(), offloading(tracker):
         rehearsal = rehearse(recipe, model, shapes, size, tracker, fill_with_fake, extent)
     ledger = tracker.ledger()
     del rehearsal  # only now: the states that it holds are those of the run's end
@@ -99,7 +99,7 @@ def state_bytes(recipe: Recipe, shapes: Shapes) -> int:
     config = build_config(recipe, shapes.num_views, shapes.state_dim, shapes.action_dim)
     model = build_on_meta(recipe, config)
     tracker = MemoryTracker()
-    with fake_tables(), FakeTensorMode():
+    with leaving_gpus_alone(), fake_tables(), FakeTensorMode():
         leave_out_cached(model, recipe)
         fill_with_fake(model)
         with tracker:
