@@ -2,6 +2,10 @@
 
 import logging
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # this file comes before all imports that take their time
+    from rich.progress import Progress
 
 
 def end_quietly_when_interrupted() -> None:
@@ -21,3 +25,12 @@ def set_up_logging() -> None:
     # bitsandbytes advises an optional CPU kernel whenever PEFT or accelerate import it, even if nothing is quantised.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # of loading and writing weights; Trainer's own bar stays
+
+
+def passing_progress() -> "Progress":
+    """Show on a terminal how far a job is, and nothing once it is done, nor in a log."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)

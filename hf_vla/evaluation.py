@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hf_vla import run
+from hf_vla.console import passing_progress
 from hf_vla.data.lerobot_format import DatasetInfo
 from hf_vla.data.mixed import MixedDataset
 from hf_vla.data.mixture import build_datasets
@@ -161,8 +162,11 @@ def roll_out(condition: str, directory: Path, recipe: Recipe, workers: int) -> d
         for part in split_job(Job(make_env, make_policy, seeds, evaluation.max_steps), workers):
             tasks.append(task)
             pieces.append(dataclasses.replace(part, make_policy=functools.partial(make_policy, part.seeds[0])))
+    with passing_progress() as progress:
+        bar = progress.add_task(f"Rolling out, {SAID[condition]}", total=sum(len(piece.seeds) for piece in pieces))
+        done = run_in_processes(pieces, workers, lambda _, results: progress.advance(bar, len(results)))
     episodes: dict[str, list[EpisodeResult]] = {}
-    for task, results in zip(tasks, run_in_processes(pieces, workers), strict=True):
+    for task, results in zip(tasks, done, strict=True):
         episodes.setdefault(task, []).extend(results)
     return episodes
 

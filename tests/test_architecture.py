@@ -51,7 +51,7 @@ ALLOWED = {
         "workers",
     },
     "geometry": {"sample", "model", "weights", "run"},
-    "evaluation": {"recipe", "sample", "data", "policy", "rollout", "run", "geometry"},
+    "evaluation": {"console", "recipe", "sample", "data", "policy", "rollout", "run", "geometry"},
     "hub": {"recipe", "checkpoint", "merge", "run", "report", "weights"},
     "planning": {"recipe", "memory", "caching"},
     "prepare": {"arguments", "recipe", "data", "model", "sample", "assemble", "caching", "trainer", "planning"},

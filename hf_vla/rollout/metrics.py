@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
+from hf_vla.console import passing_progress
 from hf_vla.data.windows import WindowDataset
 from hf_vla.rollout.baselines import BASELINES, commands_position
 from hf_vla.sample import Sample
@@ -187,12 +188,15 @@ def _predict_all(
     predict: Callable, dataset: WindowDataset, indices: np.ndarray, batch_size: int, on_error: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Give predicted chunks (n, T, A), and which of the windows could be read, (n,)."""
-    batches = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
-    read = [found for batch in batches if (found := read_windows(dataset, batch, on_error))]
+    predicted, read = [], []
+    with passing_progress() as progress:
+        for start in progress.track(range(0, len(indices), batch_size), description="Measuring on held-out windows"):
+            if found := read_windows(dataset, indices[start : start + batch_size], on_error):
+                predicted.append(np.asarray(predict(list(found.values()))))
+                read += found
     if not read:
         raise ValueError(f"{dataset.info.name}: none of {len(indices)} held-out samples can be read to measure on.")
-    chunks = np.concatenate([np.asarray(predict(list(found.values()))) for found in read])
-    indices = np.array([i for found in read for i in found])
+    chunks, indices = np.concatenate(predicted), np.array(read)
     expected = (len(indices), dataset.chunk_size, dataset.info.action_dim)
     if chunks.shape != expected:
         raise ValueError(
