@@ -44,6 +44,18 @@ def test_a_folder_that_lacks_a_shard_fails_and_names_it(tmp_path):
     assert check.status == "fail" and shard.name in check.detail and "lacks 1 of" in check.detail
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize("kept", [lambda whole: whole[:-1], lambda whole: POINTER], ids=["cut short", "not pulled"])
+def test_a_shard_that_is_cut_short_or_was_never_pulled_fails_and_is_named(tmp_path, kept):
+    folder = save_decoder(tmp_path / "decoder")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.write_bytes(kept(shard.read_bytes()))
+    check = weights_of(lang_encoder=str(folder))["Weights of the language encoder"]
+    assert check.status == "fail" and shard.name in check.detail and "git lfs pull" in check.detail
+
+
 def test_a_folder_without_weights_or_tokenizer_fails(tmp_path):
     folder = save_decoder(tmp_path / "decoder")
     for path in folder.glob("model*"):

@@ -18,7 +18,7 @@ from hf_vla.data.windows import WindowDataset
 from hf_vla.memory.check import Check
 from hf_vla.recipe import Recipe
 from hf_vla.weights.decoder import lang_encoder_config
-from hf_vla.weights.files import is_hub_id
+from hf_vla.weights.files import is_hub_id, open_tensors
 from hf_vla.weights.tokenizer import TOKENIZER_FILES, load_tokenizer
 from hf_vla.weights.vggt import vggt_config
 
@@ -138,6 +138,11 @@ def _open_decoder(folder: str) -> None:
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {name}
         missing = sorted(shard for shard in shards if not Path(folder, shard).is_file())
         if not missing:
+            for shard in sorted(shards):
+                if shard.endswith(
+                    ".safetensors"
+                ):  # of the others transformers reads more kinds than `open_tensors` does
+                    open_tensors(Path(folder, shard))
             return
         if index.is_file():
             raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} files of weights: {missing[0]} …")
