@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_vla.arguments import training_arguments
 from hf_vla.assemble import build_config, build_model, build_processor
 from hf_vla.caching import find_caches, fit_views, read_from_caches
+from hf_vla.curves import outlive_tensorboard
 from hf_vla.data.augmentation import AugmentedDataset, varies
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import Samples, build_datasets, mean_pictures, order_of, stats_of
@@ -41,7 +42,7 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
     train_data, eval_data = read_from_caches(recipe, caches, train_data, eval_data)
     if varies(recipe.data.augmentation) and "vggt" not in caches:
         train_data = AugmentedDataset(train_data, recipe.data.augmentation, arguments.seed)
-    return VLATrainer(
+    trainer = VLATrainer(
         recipe=recipe,
         processor=processor,
         model=model,
@@ -53,6 +54,8 @@ def build_trainer(recipe: Recipe, output: Path) -> VLATrainer:
         what_fits=what_fits,
         left_out=info.left_out,
     )
+    outlive_tensorboard(trainer)
+    return trainer
 
 
 def fit_levels(model: VLAForActionPrediction, processor: VLAProcessor, train_data: Samples) -> None:

@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
@@ -26,6 +27,8 @@ LOCK = ".lock"
 FIRST_SKIPPED = 20
 """Skipped samples that are named; the others are counted."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate", "numpy")
+
+logger = logging.getLogger(__name__)
 
 
 def check_directory(directory: str | Path, resume: bool) -> None:
@@ -174,11 +177,14 @@ def update_info(directory: str | Path, changes: dict[str, Any]) -> None:
 
 
 def add_event(directory: str | Path, step: int, kind: str, text: str) -> None:
-    """Append to the run's events: whatever its user should know that happened."""
+    """Append to the run's events: whatever its user should know that happened. Where it can't be written, it is logged."""
     event = {"time": now(), "step": step, "kind": kind, "text": text}
     events = read_info(directory).get("events", [])
     if not any(_same_event(event, known) for known in events):  # a run that goes on does some steps again
-        update_info(directory, {"events": [*events, event]})
+        try:
+            update_info(directory, {"events": [*events, event]})
+        except OSError as error:  # a full disk, most often: no reason to end a training
+            logger.warning("Not among the events of %s (%s): %s", directory, error, text)
 
 
 def _same_event(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -201,5 +207,8 @@ def report_left_out(directory: str | Path, faults: Sequence[str]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside its place and move it there, so that a kill leaves the old file or the new one."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several ranks may write at once
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # where the disk is full

@@ -21,7 +21,7 @@ from benchmarks.killed import compare
 from hf_vla import saving
 from hf_vla.prepare import build_trainer
 from hf_vla.recipe import Recipe
-from hf_vla.run import LOCK, read_info
+from hf_vla.run import INFO, LOCK, add_event, read_info
 from hf_vla.stopping import StopWhenAsked
 from hf_vla.train import train
 from tests.tiny_run import tiny_recipe
@@ -134,6 +134,33 @@ def test_a_disk_that_is_full_is_said_and_the_run_goes_on_when_there_is_room(tmp_
     assert saving.find(tmp_path / "run").checkpoint is None
     train(few, tmp_path / "run", resume=True)
     assert compare(tmp_path / "run", train(few, tmp_path / "expected")) == []
+
+
+def test_logs_that_cannot_be_written_end_no_training(tmp_path):
+    training = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "report_to": ["tensorboard"]}
+    wanted = tiny_recipe(training=training)  # without workers: what they hand over are files to the system, too
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5_000, 5_000))
+    process = start(tmp_path / "run", wanted, preexec_fn=full)
+    output, _ = process.communicate(timeout=60)
+    assert output.count("memory.jsonl lacks lines from here on") == 1
+    assert output.count("TensorBoard's curves end here") == 1
+    assert "'epoch': '2.609'" in output  # the last step's
+    assert f"Error: {tmp_path / 'run'} can't be written into (" in output  # the trained model, which is larger
+    lines = [json.loads(line) for line in (tmp_path / "run/memory.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and 3 <= len(lines) < STEPS
+
+
+def test_an_event_that_cannot_be_written_is_logged_and_leaves_run_json_whole(tmp_path, caplog):
+    add_event(tmp_path, 1, "skipped", "first")
+    before = (tmp_path / INFO).read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limits[1]))
+    try:
+        add_event(tmp_path, 2, "skipped", "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "second" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [INFO] and (tmp_path / INFO).read_text() == before
 
 
 @pytest.mark.slow

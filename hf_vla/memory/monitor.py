@@ -4,6 +4,7 @@ Reading the allocator's counters doesn't wait for the GPU. To see what lies in m
 second, a whole step is recorded into `RUN/memory_snapshot_<step>.pickle`, which https://pytorch.org/memory_viz opens.
 """
 
+import errno
 import json
 import logging
 import os
@@ -88,7 +89,7 @@ class MemoryMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Read, write and judge what the step took."""
         self.reading = reading = read_memory()
-        self._write(state.global_step, args.process_index, reading)
+        self._tell_once(state, "unwritten", self._write(state.global_step, args.process_index, reading))
         if reading.allocated_peak is not None:
             self._judge(state, reading)
         if state.is_world_process_zero:
@@ -104,13 +105,18 @@ class MemoryMonitor(TrainerCallback):
         if self.is_recording:
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _write(self, step: int, rank: int, reading: Reading) -> None:
-        """Append a line, whole and at once, so that a kill leaves all lines before it."""
-        if self._line_file is None:
-            self._line_file = self._open_lines(FILE if rank == 0 else f"memory.rank{rank}.jsonl")
+    def _write(self, step: int, rank: int, reading: Reading) -> str | None:
+        """Append a line; say so where it can't be written, on a full disk most often, which is no reason to stop."""
+        name = FILE if rank == 0 else f"memory.rank{rank}.jsonl"
         values = dict(zip(Reading._fields[:4], reading[:4], strict=True))
         line = {"step": step, **values, **self.plan, "host_rss": reading.host_rss}
-        os.write(self._line_file, f"{json.dumps(line)}\n".encode())
+        try:
+            if self._line_file is None:
+                self._line_file = self._open_lines(name)
+            append(self._line_file, f"{json.dumps(line)}\n".encode())
+        except OSError as error:
+            return f"{self.directory / name} lacks lines from here on: {error}."
+        return None
 
     def _open_lines(self, name: str) -> int:
         """Open once what is written after every step: opening takes ten times as long as writing."""
@@ -209,3 +215,15 @@ def log_values(reading: Reading) -> dict[str, float]:
     values = reading._asdict()
     logs = {f"memory/{key}_gib": round(values[key] / GIB, 3) for key in shown if values[key] is not None}
     return logs if reading.retries is None else {**logs, "memory/retries": reading.retries}
+
+
+def append(file: int, line: bytes) -> None:
+    """Append a line at once, and whole or not at all: neither a kill nor a full disk leaves half of one.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    written = os.write(file, line)
+    if written < len(line):
+        os.ftruncate(file, os.fstat(file).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
