@@ -138,11 +138,9 @@ def _open_decoder(folder: str) -> None:
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {name}
         missing = sorted(shard for shard in shards if not Path(folder, shard).is_file())
         if not missing:
-            for shard in sorted(shards):
-                if shard.endswith(
-                    ".safetensors"
-                ):  # of the others transformers reads more kinds than `open_tensors` does
-                    open_tensors(Path(folder, shard))
+            # Only these: of the others transformers reads more kinds than `open_tensors` does.
+            for shard in sorted(shard for shard in shards if shard.endswith(".safetensors")):
+                open_tensors(Path(folder, shard))
             return
         if index.is_file():
             raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} files of weights: {missing[0]} …")
