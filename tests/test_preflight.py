@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from hf_vla.cli import app
 from hf_vla.memory import preflight, preflight_sources
 from hf_vla.memory.check import Check, checks_to_json, format_checks, refuse_on_failure
 from hf_vla.memory.nvml import Inventory, VisibleGPU, read_gpus
-from hf_vla.memory.preflight import check_batch, check_disk, check_gpus, check_memory, check_precision, run_checks
+from hf_vla.memory.preflight import (
+    check_batch,
+    check_disk,
+    check_gpus,
+    check_memory,
+    check_precision,
+    check_shared_memory,
+    run_checks,
+)
 from hf_vla.memory.sizes import format_size
 from hf_vla.planning import plan_for_here
 from hf_vla.recipe import RecipeError
@@ -272,6 +281,32 @@ def test_a_full_disk_fails(monkeypatch, tmp_path):
     for free, status in ((5000, "fail"), (7700, "warn"), (9000, "ok")):  # 7600 are needed
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert check_disk(recipe, tmp_path / "not" / "there", Tiny()).status == status
+
+
+CONFIG = SimpleNamespace(num_views=2, pool_grid=2, vggt_config=SimpleNamespace(embed_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("cached", "training", "needed"),
+    [
+        ([], {}, 3 * 2 * 2 * 4 * 2 * 28 * 28 * 3),  # processes, workers, batches of each, samples, views, pixels
+        ([], {"dataloader_prefetch_factor": 5}, 3 * 2 * 5 * 4 * 2 * 28 * 28 * 3),
+        (["vggt"], {}, 3 * 2 * 2 * 4 * 2 * 2 * 2 * 32 * 2),  # grid, channels of both halves, bytes of bfloat16
+    ],
+    ids=["pictures", "more ahead", "features"],
+)
+def test_workers_that_hand_over_more_than_shared_memory_holds_fail(monkeypatch, tmp_path, cached, training, needed):
+    usage = shutil.disk_usage(tmp_path)
+    recipe = tiny_recipe(data={"num_workers": 2}, training=training)
+    for free, status in ((needed - 1, "fail"), (needed, "ok")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        check = check_shared_memory(recipe, SimpleNamespace(config=CONFIG), cached, 3, tmp_path)
+        assert (check.status, "--shm-size" in check.advice) == (status, status == "fail")
+
+
+def test_a_recipe_with_workers_is_checked_for_shared_memory(tmp_path, one_process):
+    titles = [check.title for check in run_checks(tiny_recipe(data={"num_workers": 1}), tmp_path / "run")]
+    assert titles[-2] == "Shared memory"
 
 
 def test_a_file_where_the_run_should_go_fails(tmp_path):

@@ -18,6 +18,7 @@ from hf_vla.memory.check import Check
 from hf_vla.memory.nvml import Holder, Inventory, VisibleGPU, read_gpus
 from hf_vla.memory.preflight_sources import check_caches, check_versions, check_weights, open_data
 from hf_vla.memory.sizes import GIB, format_size
+from hf_vla.model.modeling_vla import VLAForActionPrediction
 from hf_vla.recipe import Recipe
 
 LEAST_FREE = GIB
@@ -28,6 +29,9 @@ BF16_CAPABILITY = (8, 0)
 """First compute capability with bf16 in hardware (Ampere)."""
 SHOWN_HOLDERS = 5
 SHOWN_COMMAND = 60
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCHED = 2
+"""Batches that each worker has ready, unless the recipe says otherwise: PyTorch's default."""
 
 BACKBONES = ("vggt", "lang_encoder")
 
@@ -66,6 +70,7 @@ def run_checks(
         *cache_checks,
         data_check,
         check_disk(recipe, output, model),
+        *([check_shared_memory(recipe, model, cached, here)] if model and recipe.data.num_workers else []),
         check_versions(recipe),
     ]
 
@@ -192,7 +197,7 @@ def check_precision(recipe: Recipe, gpus: Sequence[VisibleGPU]) -> Check:
     return Check("ok", title, "none")
 
 
-def check_trained(recipe: Recipe, dataset: WindowDataset | None) -> tuple[Check, nn.Module | None]:
+def check_trained(recipe: Recipe, dataset: WindowDataset | None) -> tuple[Check, VLAForActionPrediction | None]:
     """Build the recipe's model without its weights, and compare what would train in it with what the recipe says.
 
     Returns:
@@ -257,6 +262,33 @@ def check_disk(recipe: Recipe, output: str | Path, model: nn.Module | None) -> C
         advice = "Make room, choose another --output, or set training.save_total_limit lower or save_only_model true."
         return Check("fail", title, detail, advice)
     return Check("warn" if needed > TIGHT * free else "ok", title, detail)
+
+
+def check_shared_memory(
+    recipe: Recipe, model: VLAForActionPrediction, cached: Sequence[str], processes: int, folder: Path = SHARED_MEMORY
+) -> Check:
+    """Compare what the loader's workers hand over at a time with the shared memory that it goes through.
+
+    A container has 64 MiB of it unless told otherwise. Where it ends, PyTorch loses the batch and waits for it for ever.
+    """
+    title, config = "Shared memory", model.config
+    if not folder.is_dir():
+        return Check("ok", title, "this system has no limit of its own to it")
+    row = recipe.data.image_size**2 * 3
+    if "vggt" in cached:
+        row = config.pool_grid**2 * 2 * config.vggt_config.embed_dim * 2
+    ahead = recipe.training.get("dataloader_prefetch_factor") or PREFETCHED
+    batches = processes * recipe.data.num_workers * ahead
+    needed, free = batches * recipe.data.batch_size * config.num_views * row, shutil.disk_usage(folder).free
+    detail = (
+        f"{format_size(free)} free in {folder}; {batches} batches that workers hand over take {format_size(needed)}"
+    )
+    if needed > free:
+        advice = (
+            "Start the container with more (docker run --shm-size=8g, or --ipc=host), or set data.num_workers lower."
+        )
+        return Check("fail", title, detail, advice)
+    return Check("ok", title, detail)
 
 
 def run_bytes(recipe: Recipe, model: nn.Module) -> int:
