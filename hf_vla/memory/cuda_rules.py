@@ -34,7 +34,7 @@ def cuda_autocast() -> Iterator[None]:
 
 @contextmanager
 def leaving_gpus_alone() -> Iterator[None]:
-    """Keep a trace from the GPUs that are here: half a GiB would be taken there, and fail where one is full.
+    """Keep a trace from the GPUs that are here: a CUDA context takes memory there, and none can be made where it is full.
 
     An optimizer asks, before each step, whether its stream is being captured into a CUDA graph.
     """
